@@ -1,0 +1,26 @@
+/* Between the caller's memory and rows of float or double: any stride, any alignment, the four
+ * element types in either byte order. The loop nest uses these where a tile kernel can't read
+ * or write the caller's rows themselves, one block at a time. */
+#ifndef QKV_CONVERT_H
+#define QKV_CONVERT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Element types, as _problem.py numbers them; QKV_SWAPPED is added for foreign byte order. */
+enum { QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_SWAPPED = 8 };
+
+/* row[0..n) = the n elements at src, `stride` bytes apart. A finite element stays finite. */
+void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdiff_t stride,
+                  int type);
+
+/* The n elements at dst = row[0..n), rounded to nearest even; never byte-swapped. */
+void qkv_write_row(char *dst, const void *row, int real_bytes, ptrdiff_t n, ptrdiff_t stride,
+                   int type);
+
+/* Bit i of allow[k] stays set only when rows[i][k] is true, for i < lanes (a multiple of 4, at
+ * most 64) and k < nk; `stride` bytes between keys. */
+void qkv_limit_mask(uint64_t *allow, ptrdiff_t nk, int lanes, const char *const *rows,
+                    ptrdiff_t stride);
+
+#endif

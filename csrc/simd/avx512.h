@@ -1,0 +1,119 @@
+/* The vocabulary on AVX-512 (F, DQ): vectors of 64 bytes, 32 registers, one mask bit a lane. */
+#include "limits.h"
+
+#include <immintrin.h>
+
+#define LANES (64 / (REAL_BITS / 8))
+#define STRIP 4
+#define rows_of(nv) ((nv) <= 2 ? 12 : (nv) == 3 ? 8 : 6)
+#define TILE_Q (4 * LANES)
+#define ALL_LANES ((UINT64_C(1) << LANES) - 1)
+
+#if REAL_BITS == 32
+typedef __m512 vec;
+typedef __mmask16 vmask;
+VOCABULARY vec v_set1(real x) { return _mm512_set1_ps(x); }
+VOCABULARY vec v_load(const real *p) { return _mm512_loadu_ps(p); }
+VOCABULARY void v_store(real *p, vec x) { _mm512_storeu_ps(p, x); }
+VOCABULARY vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+VOCABULARY vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+VOCABULARY vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+VOCABULARY vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+VOCABULARY vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
+VOCABULARY vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); } /* b where one is NaN */
+VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
+VOCABULARY vec v_zero_where_less(vec a, vec b, vec x)
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), x);
+}
+VOCABULARY vec v_select_negative(vec sign, vec a, vec b)
+{
+    return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(sign)), a);
+}
+VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
+{
+    const vec f = _mm512_reduce_ps(x, 8); /* 8: to nearest, no exceptions */
+    *n = _mm512_sub_ps(x, f);
+    return f;
+}
+VOCABULARY vec v_ldexp(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x * 2^n */
+VOCABULARY uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+VOCABULARY vmask v_mask(uint64_t bits) { return (vmask)bits; }
+VOCABULARY void v_transpose(vec x[LANES])
+{
+    vec t[16];
+    for (int i = 0; i < 16; i += 2) { /* pairs of rows, fours, then quarters of the vectors */
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        x[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+        x[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        x[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        x[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        x[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#else
+typedef __m512d vec;
+typedef __mmask8 vmask;
+VOCABULARY vec v_set1(real x) { return _mm512_set1_pd(x); }
+VOCABULARY vec v_load(const real *p) { return _mm512_loadu_pd(p); }
+VOCABULARY void v_store(real *p, vec x) { _mm512_storeu_pd(p, x); }
+VOCABULARY vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
+VOCABULARY vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
+VOCABULARY vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
+VOCABULARY vec v_div(vec a, vec b) { return _mm512_div_pd(a, b); }
+VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+VOCABULARY vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
+VOCABULARY vec v_min(vec a, vec b) { return _mm512_min_pd(a, b); }
+VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }
+VOCABULARY vec v_zero_where_less(vec a, vec b, vec x)
+{
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ), x);
+}
+VOCABULARY vec v_select_negative(vec sign, vec a, vec b)
+{
+    return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(sign)), a);
+}
+VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
+{
+    const vec f = _mm512_reduce_pd(x, 8); /* 8: to nearest, no exceptions */
+    *n = _mm512_sub_pd(x, f);
+    return f;
+}
+VOCABULARY vec v_ldexp(vec x, vec n) { return _mm512_scalef_pd(x, n); } /* x * 2^n */
+VOCABULARY uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+VOCABULARY vmask v_mask(uint64_t bits) { return (vmask)bits; }
+VOCABULARY void v_transpose(vec x[LANES])
+{
+    vec t[8];
+    for (int i = 0; i < 8; i += 2) { /* pairs of rows, then quarters of the vectors */
+        t[i] = _mm512_unpacklo_pd(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_pd(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        x[i] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+        x[i + 2] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+        x[i + 4] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
+        x[i + 6] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) t[i] = x[i], t[i + 4] = x[i + 4];
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_f64x2(t[i], t[i + 4], 0x88);
+        x[i + 4] = _mm512_shuffle_f64x2(t[i], t[i + 4], 0xdd);
+    }
+}
+#endif

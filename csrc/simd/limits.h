@@ -1,0 +1,16 @@
+/* What the templates need of `real`; included by every vocabulary. REAL_BITS is 32 or 64. */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+
+#if REAL_BITS == 32
+typedef float real;
+#define REAL_MAX FLT_MAX
+#define REAL_MIN_EXP (-126.0f)
+#else
+typedef double real;
+#define REAL_MAX DBL_MAX
+#define REAL_MIN_EXP (-1022.0)
+#endif
+#define REAL_INF ((real)INFINITY)
+#define VOCABULARY static inline __attribute__((always_inline))

@@ -1,0 +1,23 @@
+/* A small pool of threads for loops of tasks. Why not OpenMP alone: after a region libgomp's
+ * workers spin for milliseconds on the cores that NumPy's BLAS wants next, or, told not to, sleep
+ * and need tens of microseconds to wake (docs/architecture.md has the figures). Here an idle
+ * worker spins shortly, offering its core to whoever wants it at every turn, and then sleeps.
+ *
+ * The pool is shared by all callers: one that finds too few idle workers runs on fewer threads,
+ * so that many callers at once do not multiply the threads. */
+#ifndef QKV_THREAD_POOL_H
+#define QKV_THREAD_POOL_H
+
+#include <stddef.h>
+
+typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
+
+/* task(context, thread, i) for 0 <= i < count, each once, in rising order of start, on the calling
+ * thread and at most threads - 1 workers; 0 <= thread < threads tells them apart. Returns when
+ * all are done. In a forked child everything runs on the calling thread. */
+void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int threads);
+
+/* Whether this process was forked from one that had loaded the library. */
+int qkv_forked(void);
+
+#endif

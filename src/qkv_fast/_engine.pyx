@@ -1,0 +1,661 @@
+"""Engine "native": the loop nest around the tile kernels of csrc/ (tile_kernels.h).
+
+A task is one tile: up to `tile_q` rows, each a (query head of one KV group, query position)
+pair, against all keys of that KV head. Per key block, with the names of DESIGN.md section 3:
+
+    S = K Qt;  softcap, ALiBi, bias;  m' = max(m, S);  P = exp2(S - m');  acc = acc 2^(m - m') + V^T P
+
+The same nest serves float32 and float64, SIMD and BLAS tiles: only the table differs.
+"""
+
+cimport cython
+cimport numpy as cnp
+from cpython.ref cimport PyObject
+from cython.parallel cimport prange, threadid
+from libc.math cimport INFINITY, NAN, exp2, log
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+import time
+
+cnp.import_array()
+
+cdef extern from "tile_kernels.h" nogil:
+    ctypedef struct qkv_tile_kernels:
+        const char *isa
+        int real_bytes
+        int lanes
+        int tile_q
+        void (*pack_rows)(void *, const char **, Py_ssize_t, int, double) noexcept nogil
+        void (*scores)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                       int) noexcept nogil
+        void (*softcap)(void *, Py_ssize_t, int, double) noexcept nogil
+        void (*alibi)(void *, Py_ssize_t, int, const void *, const void *) noexcept nogil
+        void (*bias)(void *, Py_ssize_t, int, const char **, int, uint64_t *) noexcept nogil
+        void (*limit_range)(uint64_t *, Py_ssize_t, int, const void *, const void *) noexcept nogil
+        int (*softmax)(void *, Py_ssize_t, int, const uint64_t *, void *, void *,
+                       void *) noexcept nogil
+        void (*rescale)(void *, Py_ssize_t, int, const void *) noexcept nogil
+        void (*accumulate)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                           int, int) noexcept nogil
+        void (*accumulate_allowed)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
+                                   Py_ssize_t, int, int) noexcept nogil
+        int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
+                           const void *) noexcept nogil
+        double (*fma_chain)(Py_ssize_t) noexcept nogil
+
+    const qkv_tile_kernels *qkv_tile_table(int index, int real_bytes)
+    int qkv_tile_table_runs(int index)
+
+cdef extern from "convert.h" nogil:
+    int QKV_FLOAT32, QKV_FLOAT64, QKV_BOOL
+    void qkv_read_row(void *, int, const char *, Py_ssize_t, Py_ssize_t, int)
+    void qkv_write_row(char *, const void *, int, Py_ssize_t, Py_ssize_t, int)
+    void qkv_limit_mask(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t)
+
+cdef extern from "thread_pool.h" nogil:
+    void qkv_run_tasks(void (*)(const void *, int, Py_ssize_t) noexcept nogil, const void *,
+                       Py_ssize_t, int)
+    int qkv_forked()
+
+cdef extern from *:
+    """
+    #include <float.h>
+    #ifdef _OPENMP
+    #define QKV_OPENMP _OPENMP
+    #else
+    #define QKV_OPENMP 0
+    #endif
+    #if defined(__clang__)
+    #define QKV_COMPILER "clang " __clang_version__
+    #elif defined(__GNUC__)
+    #define QKV_COMPILER "gcc " __VERSION__
+    #else
+    #define QKV_COMPILER "unknown"
+    #endif
+    """
+    int QKV_OPENMP
+    const char *QKV_COMPILER
+    double FLT_MAX, DBL_MAX
+
+cdef enum:
+    MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
+    MAX_BLOCK_K = 64
+    MAX_TABLES = 8
+    ALIGNMENT = 64
+
+cdef int64_t UNBOUNDED = <int64_t>1 << 62  # _problem.UNBOUNDED
+cdef double LOG2E = 1.4426950408889634074
+cdef double LN2 = 0.69314718055994530942
+
+# Keys of a block: K, V and S of a block stay in a 48 KiB L1 / 1 MiB L2 at head_dim 64 to 256
+# (bench_attention.py); fixed per head size, since a row's sums depend on where blocks begin.
+cdef Py_ssize_t BLOCK_K = MAX_BLOCK_K
+cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
+cdef Py_ssize_t WIDE = 1024
+
+# Multiply-adds below which a second thread costs more than it brings (bench_overhead.py: waking
+# a sleeping OpenMP worker takes about 10 us, which is some 2^19 of them).
+cdef double SERIAL_WORK = 1 << 19
+
+
+cdef struct Operand:
+    char *data
+    const cnp.npy_intp *batch_strides   # bytes; one per batch axis
+    Py_ssize_t head, row, col           # strides in bytes
+    int type                            # as convert.h numbers them
+    bint direct                         # the kernels can use the rows as they are
+
+
+cdef struct Call:
+    const qkv_tile_kernels *kernels
+    int fixed_nvec                      # 0: as many vectors as the tile's rows need
+    Py_ssize_t batch_ndim
+    const cnp.npy_intp *batch_shape
+    Py_ssize_t num_kv_heads, group, q_len, kv_len, head_dim, v_dim
+    Py_ssize_t block_k, tiles, tasks
+    Operand query, key, value, mask, out
+    Operand query_offset, key_lengths, slopes   # data NULL when absent
+    const double *sinks                 # (Hq,) or NULL
+    char *lse                           # C order, reals, or NULL
+    double scale, softcap
+    int64_t left, right
+    Py_ssize_t scores_at, acc_at, gathered_at, scratch_bytes   # layout of a thread's scratch
+
+
+cdef struct ThreadedCall:
+    const Call *call
+    char *scratch
+
+
+cdef struct Tile:                       # the head of a thread's scratch
+    const char *query_rows[MAX_LANES]
+    const char *mask_rows[MAX_LANES]
+    const char *rows[MAX_LANES]
+    char *out_rows[MAX_LANES]
+    int64_t first[MAX_LANES]            # keys [first, last] are in reach of the row
+    int64_t last[MAX_LANES]
+    int64_t position[MAX_LANES]
+    double row_max[MAX_LANES]           # these hold reals of the call's size
+    double row_sum[MAX_LANES]
+    double alpha[MAX_LANES]
+    double weight[MAX_LANES]
+    double slope[MAX_LANES]
+    double range_first[MAX_LANES]
+    double range_last[MAX_LANES]
+    double relative[MAX_LANES]
+    uint64_t allow[MAX_BLOCK_K]
+
+
+cdef inline double get_real(const void *reals, int i, int real_bytes) noexcept nogil:
+    return (<const float *>reals)[i] if real_bytes == 4 else (<const double *>reals)[i]
+
+
+cdef inline void set_real(void *reals, int i, int real_bytes, double x) noexcept nogil:
+    if real_bytes == 4:
+        (<float *>reals)[i] = <float>x
+    else:
+        (<double *>reals)[i] = x
+
+
+cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
+    return low if x < low else high if x > high else x
+
+
+cdef inline char *batch_entry(const Call *call, const Operand *operand,
+                              Py_ssize_t batch) noexcept nogil:
+    cdef char *data = operand.data
+    cdef Py_ssize_t axis = call.batch_ndim
+    while axis > 0:
+        axis -= 1
+        data += batch % call.batch_shape[axis] * operand.batch_strides[axis]
+        batch //= call.batch_shape[axis]
+    return data
+
+
+cdef const char *rows_for_kernel(const Call *call, const Operand *operand, const char *data,
+                                 Py_ssize_t count, Py_ssize_t length, char *gathered,
+                                 Py_ssize_t *stride) noexcept nogil:
+    """Rows of a key or value block as the kernels want them: in place, or gathered."""
+    cdef int real_bytes = call.kernels.real_bytes
+    cdef Py_ssize_t i
+    if operand.direct:
+        stride[0] = operand.row
+        return data
+    stride[0] = length * real_bytes
+    for i in range(count):
+        qkv_read_row(gathered + i * stride[0], real_bytes, data + i * operand.row, length,
+                     operand.col, operand.type)
+    return gathered
+
+
+cdef void gather_rows(const char **rows, const char **source, int count, Py_ssize_t offset,
+                      Py_ssize_t length, const Operand *operand, int real_bytes,
+                      char *gathered) noexcept nogil:
+    """rows[i] = source[i] + offset, as reals with unit stride, gathered where they are not."""
+    cdef int i
+    for i in range(count):
+        if operand.direct:
+            rows[i] = source[i] + offset
+        else:
+            rows[i] = gathered + i * length * real_bytes
+            qkv_read_row(<void *>rows[i], real_bytes, source[i] + offset, length, operand.col,
+                         operand.type)
+
+
+cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept nogil:
+    cdef const qkv_tile_kernels *kernels = call.kernels
+    cdef int real_bytes = kernels.real_bytes
+    cdef Tile *tile = <Tile *>scratch
+    cdef void *Qt = scratch + sizeof(Tile)
+    cdef void *S = scratch + call.scores_at
+    cdef void *acc = scratch + call.acc_at
+    cdef char *gathered = scratch + call.gathered_at
+    # Tasks of a head stand together (they share its keys), the last queries first: with causal
+    # masks those are the largest.
+    cdef Py_ssize_t tile_index = call.tiles - 1 - task % call.tiles
+    cdef Py_ssize_t kv_head = task // call.tiles % call.num_kv_heads
+    cdef Py_ssize_t batch = task // call.tiles // call.num_kv_heads
+    cdef Py_ssize_t row_begin = tile_index * kernels.tile_q
+    cdef Py_ssize_t rows_left = call.group * call.q_len - row_begin
+    cdef int count = <int>rows_left if rows_left < kernels.tile_q else kernels.tile_q
+    cdef int nvec = (count + kernels.lanes - 1) // kernels.lanes
+    if call.fixed_nvec:
+        nvec = call.fixed_nvec
+    cdef int lanes = nvec * kernels.lanes
+
+    cdef char *query = batch_entry(call, &call.query, batch)
+    cdef char *out = batch_entry(call, &call.out, batch)
+    cdef char *key = batch_entry(call, &call.key, batch) + kv_head * call.key.head
+    cdef char *value = batch_entry(call, &call.value, batch) + kv_head * call.value.head
+    cdef bint masked = call.mask.data != NULL
+    cdef char *mask = batch_entry(call, &call.mask, batch) if masked else NULL
+    cdef bint mask_shared = call.mask.head == 0 and call.mask.row == 0
+    cdef int64_t offset = 0, visible = call.kv_len
+    if call.query_offset.data != NULL:
+        offset = (<int64_t *>batch_entry(call, &call.query_offset, batch))[0]
+    if call.key_lengths.data != NULL:
+        visible = (<int64_t *>batch_entry(call, &call.key_lengths, batch))[0]
+    cdef char *slopes = NULL
+    if call.slopes.data != NULL:
+        slopes = batch_entry(call, &call.slopes, batch)
+
+    # Where every lane's row lies and which keys are in its reach. Lanes past the last row
+    # compute it again, so that they never need a thought of their own.
+    cdef int i
+    cdef Py_ssize_t row, head, index
+    cdef int64_t position
+    cdef int64_t first_min = UNBOUNDED, first_max = 0, last_min = UNBOUNDED, last_max = -1
+    for i in range(lanes):
+        row = row_begin + (i if i < count else count - 1)
+        head = kv_head * call.group + row // call.q_len
+        index = row % call.q_len
+        position = offset + index
+        tile.position[i] = position
+        tile.query_rows[i] = query + head * call.query.head + index * call.query.row
+        tile.out_rows[i] = out + head * call.out.head + index * call.out.row
+        if masked:
+            tile.mask_rows[i] = mask + head * call.mask.head + index * call.mask.row
+        if slopes != NULL:
+            set_real(tile.slope, i, real_bytes, (<double *>(slopes + head * call.slopes.head))[0])
+        tile.first[i] = 0
+        tile.last[i] = visible - 1
+        if call.left < UNBOUNDED and position - call.left > 0:
+            tile.first[i] = position - call.left
+        if call.right < UNBOUNDED and position + call.right < visible - 1:
+            tile.last[i] = position + call.right
+        first_min = min(first_min, tile.first[i])
+        first_max = max(first_max, tile.first[i])
+        last_min = min(last_min, tile.last[i])
+        last_max = max(last_max, tile.last[i])
+        set_real(tile.row_max, i, real_bytes, -FLT_MAX if real_bytes == 4 else -DBL_MAX)
+        set_real(tile.row_sum, i, real_bytes, 0)
+
+    gather_rows(tile.rows, tile.query_rows, lanes, 0, call.head_dim, &call.query, real_bytes,
+                gathered)
+    kernels.pack_rows(Qt, tile.rows, call.head_dim, nvec, call.scale * LOG2E)
+
+    cdef bint fresh = True, partial, grew
+    cdef uint64_t seen = 0, any_allowed
+    cdef const uint64_t *allow
+    cdef const char *block
+    cdef Py_ssize_t stride, nk, k
+    cdef int64_t begin = first_min // call.block_k * call.block_k
+    while begin <= last_max:
+        nk = min(call.block_k, last_max + 1 - begin)
+        partial = masked or first_max > begin or last_min < begin + nk - 1
+        allow = NULL
+        if partial:
+            memset(tile.allow, 0xff, nk * sizeof(uint64_t))
+            if first_max > begin or last_min < begin + nk - 1:
+                for i in range(lanes):
+                    set_real(tile.range_first, i, real_bytes,
+                             clamp(tile.first[i] - begin, -1, nk))
+                    set_real(tile.range_last, i, real_bytes, clamp(tile.last[i] - begin, -1, nk))
+                kernels.limit_range(tile.allow, nk, nvec, tile.range_first, tile.range_last)
+            if masked and call.mask.type == QKV_BOOL:
+                for i in range(1 if mask_shared else lanes):
+                    tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
+                if mask_shared:
+                    for k in range(nk):
+                        if not tile.rows[0][k * call.mask.col]:
+                            tile.allow[k] = 0
+                else:
+                    qkv_limit_mask(tile.allow, nk, lanes, tile.rows, call.mask.col)
+            any_allowed = 0
+            for k in range(nk):
+                any_allowed |= tile.allow[k]
+            if not any_allowed:
+                begin += call.block_k
+                continue
+            allow = tile.allow
+
+        block = rows_for_kernel(call, &call.key, key + begin * call.key.row, nk, call.head_dim,
+                                gathered, &stride)
+        kernels.scores(S, Qt, block, stride, nk, call.head_dim, nvec)
+        if call.softcap != 0:
+            kernels.softcap(S, nk, nvec, call.softcap)
+        if slopes != NULL:
+            for i in range(lanes):
+                set_real(tile.relative, i, real_bytes, <double>(tile.position[i] - begin))
+            kernels.alibi(S, nk, nvec, tile.slope, tile.relative)
+        if masked and call.mask.type != QKV_BOOL:
+            gather_rows(tile.rows, tile.mask_rows, 1 if mask_shared else lanes,
+                        begin * call.mask.col, nk, &call.mask, real_bytes, gathered)
+            kernels.bias(S, nk, nvec, tile.rows, mask_shared, tile.allow)
+
+        if partial:
+            for k in range(nk):
+                seen |= tile.allow[k]
+        else:
+            seen = ~<uint64_t>0
+        grew = kernels.softmax(S, nk, nvec, allow, tile.row_max, tile.row_sum, tile.alpha)
+        if grew and not fresh:
+            kernels.rescale(acc, call.v_dim, nvec, tile.alpha)
+        block = rows_for_kernel(call, &call.value, value + begin * call.value.row, nk, call.v_dim,
+                                gathered, &stride)
+        if partial and not kernels.all_finite(block, stride, nk, call.v_dim):
+            kernels.accumulate_allowed(acc, S, block, stride, nk, call.v_dim, nvec, fresh)
+        else:
+            kernels.accumulate(acc, S, block, stride, nk, call.v_dim, nvec, fresh)
+        fresh = False
+        begin += call.block_k
+
+    if fresh:
+        memset(acc, 0, call.v_dim * lanes * real_bytes)
+    for i in range(count):
+        head = kv_head * call.group + (row_begin + i) // call.q_len
+        index = (row_begin + i) % call.q_len
+        finish_row(call, tile, i, seen >> i & 1, head,
+                   (batch * call.num_kv_heads * call.group + head) * call.q_len + index)
+    for i in range(count, lanes):
+        set_real(tile.weight, i, real_bytes, 0)
+    if call.out.direct:
+        kernels.store_rows(tile.out_rows, count, acc, call.v_dim, nvec, tile.weight)
+        return
+    for i in range(count):
+        tile.rows[i] = gathered + i * call.v_dim * real_bytes
+    kernels.store_rows(<char **>tile.rows, count, acc, call.v_dim, nvec, tile.weight)
+    for i in range(count):
+        qkv_write_row(tile.out_rows[i], tile.rows[i], real_bytes, call.v_dim, call.out.col,
+                      call.out.type)
+
+
+cdef void finish_row(const Call *call, Tile *tile, int i, bint seen, Py_ssize_t head,
+                     Py_ssize_t lse_index) noexcept nogil:
+    """The factor that turns a row of acc into the answer, and the row's log-sum-exp.
+
+    With a sink s (log2 units) the denominator is l + 2^(s - m); both are scaled to the larger
+    of m and s first.
+    """
+    cdef int real_bytes = call.kernels.real_bytes
+    cdef double row_max = get_real(tile.row_max, i, real_bytes)
+    cdef double row_sum = get_real(tile.row_sum, i, real_bytes)
+    cdef double lowest = -FLT_MAX if real_bytes == 4 else -DBL_MAX
+    cdef double weight = 0, sink, top
+    if seen:
+        weight = 1 / row_sum
+        if call.sinks != NULL:
+            sink = call.sinks[head] * LOG2E
+            top = sink if sink > row_max else row_max
+            if sink == INFINITY:
+                weight = 0 * row_sum
+            else:
+                weight = exp2(row_max - top)
+                weight = weight / (row_sum * weight + exp2(sink - top))
+    set_real(tile.weight, i, real_bytes, weight)
+    if call.lse != NULL:
+        if not seen:
+            set_real(call.lse + lse_index * real_bytes, 0, real_bytes, -INFINITY)
+        else:  # a bias of finfo.min was clamped to it in log2 units: see tile_tmpl.h
+            set_real(call.lse + lse_index * real_bytes, 0, real_bytes,
+                     (row_max if row_max == lowest else row_max * LN2) + log(row_sum))
+
+
+# --- The one place where threads are used ---------------------------------------------------
+
+cdef int active_calls = 0       # changed with the GIL held only
+
+
+cdef void run_pool_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
+    cdef const ThreadedCall *threaded = <const ThreadedCall *>context
+    run_task(threaded.call, threaded.scratch + thread * threaded.call.scratch_bytes, task)
+
+
+cdef void run_tasks(const Call *call, char *scratch, int threads) noexcept nogil:
+    """All tasks of a call on at most `threads` threads: by our pool, or OpenMP if so built."""
+    cdef Py_ssize_t task
+    cdef ThreadedCall threaded
+    if threads <= 1:
+        for task in range(call.tasks):
+            run_task(call, scratch, task)
+    elif QKV_OPENMP:
+        for task in prange(call.tasks, num_threads=threads, schedule="dynamic", chunksize=1):
+            run_task(call, scratch + threadid() * call.scratch_bytes, task)
+    else:
+        threaded.call = call
+        threaded.scratch = scratch
+        qkv_run_tasks(run_pool_task, &threaded, call.tasks, threads)
+
+
+cdef int threads_for(const Call *call, int budget) noexcept:
+    """The caller's budget, shared with the other callers of the moment, as far as it pays."""
+    cdef double work = (<double>call.tasks * call.kernels.tile_q * call.kv_len
+                        * (call.head_dim + call.v_dim))
+    if qkv_forked() or work < SERIAL_WORK:
+        return 1
+    if active_calls > 1:
+        budget = max(1, budget // active_calls)
+    return <int>min(<Py_ssize_t>budget, call.tasks)
+
+
+# --- Scratch: kept between calls ------------------------------------------------------------
+
+cdef size_t KEPT_BYTES = 32 << 20       # a larger arena is given back at once
+
+
+@cython.final
+cdef class Arena:
+    """64-byte aligned memory for the scratch of all threads of a call."""
+    cdef char *memory
+    cdef size_t size
+
+    def __cinit__(self, size_t size):
+        self.size = size
+        self.memory = <char *>malloc(size + ALIGNMENT)
+        if self.memory == NULL:
+            raise MemoryError(f"no memory for {size} bytes of attention scratch")
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    cdef char *aligned(self) noexcept:
+        return <char *>((<uintptr_t>self.memory + ALIGNMENT - 1) & ~<uintptr_t>(ALIGNMENT - 1))
+
+
+cdef list idle_arenas = []      # one for each call that ever ran at the same time as the others
+
+
+cdef Arena take_arena(size_t size):
+    cdef Arena arena
+    if idle_arenas:
+        arena = idle_arenas.pop()
+        if arena.size >= size:
+            return arena
+    return Arena(size)
+
+
+# --- From a Problem to a Call ---------------------------------------------------------------
+
+cdef qkv_tile_kernels blas_tables[MAX_TABLES][2]
+cdef bint blas_loaded = False
+
+
+def load_blas():
+    """Import scipy's BLAS and make the BLAS tile tables: a SIMD table with GEMM for products."""
+    global blas_loaded
+    from . import _blas
+
+    cdef int index, wide
+    cdef const qkv_tile_kernels *table
+    for index in range(MAX_TABLES):
+        for wide in range(2):
+            table = qkv_tile_table(index, 8 if wide else 4)
+            if table == NULL:
+                break
+            blas_tables[index][wide] = table[0]
+            blas_tables[index][wide].tile_q = MAX_LANES
+            _blas.install(<size_t>&blas_tables[index][wide].scores,
+                          <size_t>&blas_tables[index][wide].accumulate, wide)
+    blas_loaded = True
+
+
+def isas():
+    """Names of the SIMD tables that this machine can execute, weakest first."""
+    names = []
+    cdef int index = 0
+    while qkv_tile_table(index, 4) != NULL:
+        if qkv_tile_table_runs(index):
+            names.append(qkv_tile_table(index, 4).isa.decode())
+        index += 1
+    return tuple(names)
+
+
+cdef dict table_index = {name: index for index, name in enumerate(isas())}
+
+
+def info():
+    """Facts about this build, for show_config()."""
+    return {"compiler": QKV_COMPILER.decode(), "openmp": str(QKV_OPENMP) if QKV_OPENMP else ""}
+
+
+cdef void run_fma_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
+    (<const qkv_tile_kernels *>context).fma_chain(1_000_000)
+
+
+def fma_peak(int threads, double seconds=0.2):
+    """GFLOP/s of float32 multiply-adds in registers, with the strongest ISA: the speed limit."""
+    cdef const qkv_tile_kernels *kernels = qkv_tile_table(len(isas()) - 1, 4)
+    rounds = 0
+    begin = time.perf_counter()
+    elapsed = 0.0
+    while elapsed < seconds:
+        with nogil:
+            qkv_run_tasks(run_fma_task, kernels, 4 * threads, threads)
+        rounds += 1
+        elapsed = time.perf_counter() - begin
+    return 2.0 * 24 * kernels.lanes * 1e6 * 4 * threads * rounds / elapsed / 1e9
+
+
+cdef void set_operand(Operand *operand, cnp.ndarray array, int type, Py_ssize_t batch_ndim,
+                      const qkv_tile_kernels *kernels) noexcept:
+    """(*batch, heads, rows, columns); an axis of one element has no say in `direct`."""
+    cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(array)
+    cdef int real_type = QKV_FLOAT32 if kernels.real_bytes == 4 else QKV_FLOAT64
+    operand.data = <char *>cnp.PyArray_DATA(array)
+    operand.batch_strides = strides
+    operand.head = strides[batch_ndim]
+    operand.row = strides[batch_ndim + 1]
+    operand.col = strides[batch_ndim + 2]
+    operand.type = type
+    operand.direct = type == real_type and (
+        operand.col == kernels.real_bytes or shape[batch_ndim + 2] <= 1)
+
+
+cdef void limit_to_blas(Operand *operand, Py_ssize_t count, Py_ssize_t length,
+                        int real_bytes) noexcept:
+    """GEMM wants aligned rows one after another, their distance an int."""
+    cdef Py_ssize_t columns = operand.row // real_bytes
+    if count == 1:
+        operand.row = length * real_bytes
+    elif (operand.row % real_bytes != 0 or columns < length or columns > 0x7fffffff):
+        operand.direct = False
+    if <uintptr_t>operand.data % real_bytes != 0:
+        operand.direct = False
+
+
+cdef void set_vector(Operand *operand, cnp.ndarray array, Py_ssize_t batch_ndim) noexcept:
+    """(*batch) or (*batch, heads)"""
+    operand.data = <char *>cnp.PyArray_DATA(array)
+    operand.batch_strides = cnp.PyArray_STRIDES(array)
+    if cnp.PyArray_NDIM(array) > batch_ndim:
+        operand.head = cnp.PyArray_STRIDES(array)[batch_ndim]
+
+
+def run(problem, str tiles, str isa):
+    """Compute a Problem (see _problem.py) into its `out` and `lse`."""
+    global active_calls
+    cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
+    cdef cnp.ndarray out = problem.out, sinks
+    cdef int out_type = problem.out_code
+    cdef bint wide = out_type == QKV_FLOAT64
+    cdef bint blas = tiles == "blas"
+    cdef int index = table_index[isa]
+    cdef const qkv_tile_kernels *kernels
+    if blas:
+        if not blas_loaded:
+            load_blas()
+        kernels = &blas_tables[index][wide]
+    else:
+        kernels = qkv_tile_table(index, 8 if wide else 4)
+
+    cdef Call call
+    memset(&call, 0, sizeof(Call))
+    call.kernels = kernels
+    cdef Py_ssize_t nb = cnp.PyArray_NDIM(query) - 3
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(query)
+    call.batch_ndim = nb
+    call.batch_shape = shape
+    call.num_kv_heads = cnp.PyArray_DIMS(key)[nb]
+    call.q_len = shape[nb + 1]
+    call.head_dim = shape[nb + 2]
+    call.kv_len = cnp.PyArray_DIMS(key)[nb + 1]
+    call.v_dim = cnp.PyArray_DIMS(value)[nb + 2]
+    if cnp.PyArray_SIZE(out) == 0 and problem.lse is None or call.num_kv_heads == 0:
+        return
+    call.group = shape[nb] // call.num_kv_heads
+    set_operand(&call.query, query, problem.query_code, nb, kernels)
+    set_operand(&call.key, key, problem.key_code, nb, kernels)
+    set_operand(&call.value, value, problem.value_code, nb, kernels)
+    set_operand(&call.out, out, out_type, nb, kernels)
+    if blas:
+        call.fixed_nvec = kernels.tile_q // kernels.lanes
+        limit_to_blas(&call.key, call.kv_len, call.head_dim, kernels.real_bytes)
+        limit_to_blas(&call.value, call.kv_len, call.v_dim, kernels.real_bytes)
+    if problem.attn_mask is not None:
+        set_operand(&call.mask, problem.attn_mask, problem.mask_code, nb, kernels)
+    if problem.query_offset is not None:
+        set_vector(&call.query_offset, problem.query_offset, nb)
+    if problem.key_lengths is not None:
+        set_vector(&call.key_lengths, problem.key_lengths, nb)
+    if problem.alibi_slopes is not None:
+        set_vector(&call.slopes, problem.alibi_slopes, nb)
+    if problem.sinks is not None:
+        sinks = problem.sinks
+        call.sinks = <const double *>cnp.PyArray_DATA(sinks)
+    if problem.lse is not None:
+        call.lse = <char *>cnp.PyArray_DATA(<cnp.ndarray>problem.lse)
+    call.scale = problem.scale
+    call.softcap = problem.softcap
+    call.left = problem.left
+    call.right = problem.right
+
+    cdef Py_ssize_t batches = 1, axis
+    for axis in range(nb):
+        batches *= shape[axis]
+    cdef Py_ssize_t widest = max(call.head_dim, call.v_dim)
+    call.block_k = BLOCK_K if widest <= WIDE else BLOCK_K_WIDE
+    call.tiles = (call.group * call.q_len + kernels.tile_q - 1) // kernels.tile_q
+    call.tasks = batches * call.num_kv_heads * call.tiles
+    if call.tasks == 0:
+        return
+    cdef Py_ssize_t row_bytes = kernels.tile_q * kernels.real_bytes
+    cdef Py_ssize_t gathered = max(call.block_k, kernels.tile_q) * max(widest, call.block_k)
+    if widest > (<Py_ssize_t>1 << 40):
+        raise MemoryError(f"no memory for tiles of head size {widest}")
+    call.scores_at = sizeof(Tile) + call.head_dim * row_bytes
+    call.acc_at = call.scores_at + call.block_k * row_bytes
+    call.gathered_at = call.acc_at + call.v_dim * row_bytes
+    call.scratch_bytes = call.gathered_at
+    if not (call.query.direct and call.key.direct and call.value.direct and call.out.direct
+            and (call.mask.data == NULL or call.mask.direct or call.mask.type == QKV_BOOL)):
+        call.scratch_bytes += gathered * kernels.real_bytes
+    call.scratch_bytes += ALIGNMENT - call.scratch_bytes % ALIGNMENT
+
+    active_calls += 1
+    cdef int threads
+    cdef Arena arena
+    cdef char *scratch
+    try:
+        threads = threads_for(&call, problem.num_threads)
+        arena = take_arena(<size_t>threads * call.scratch_bytes)
+        scratch = arena.aligned()
+        with nogil:
+            run_tasks(&call, scratch, threads)
+        if arena.size <= KEPT_BYTES:
+            idle_arenas.append(arena)
+    finally:
+        active_calls -= 1
