@@ -1,7 +1,7 @@
 """Engine "native": the loop nest around the tile kernels of csrc/ (tile_kernels.h).
 
-A task is one tile: up to `tile_q` rows, each a (query head of one KV group, query position)
-pair, against all keys of that KV head. Per key block, with the names of DESIGN.md section 3:
+A tile is up to `tile_q` rows, each a (query head of one KV group, query position) pair; a task
+is one tile, or a few neighbours that share the keys they read. For each key block, each tile:
 
     S = K Qt;  softcap, ALiBi, bias;  m' = max(m, S);  P = exp2(S - m');  acc = acc 2^(m - m') + V^T P
 
@@ -96,8 +96,15 @@ cdef Py_ssize_t BLOCK_K = MAX_BLOCK_K
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
+# Tiles that run in step over the key blocks when a head's keys and values are more than
+# SHARED_KEYS bytes, about what stays in a core's L2: a block then comes from the L3 once for all
+# of them. As long as the threads still have TASKS_PER_THREAD tasks each, for balance.
+cdef Py_ssize_t MAX_TILES_PER_TASK = 4
+cdef Py_ssize_t SHARED_KEYS = 1 << 20
+cdef Py_ssize_t TASKS_PER_THREAD = 4
+
 # Multiply-adds below which a second thread costs more than it brings (bench_overhead.py: waking
-# a sleeping OpenMP worker takes about 10 us, which is some 2^19 of them).
+# a sleeping worker takes 10 us and more, which is some 2^19 of them).
 cdef double SERIAL_WORK = 1 << 19
 
 
@@ -115,14 +122,16 @@ cdef struct Call:
     Py_ssize_t batch_ndim
     const cnp.npy_intp *batch_shape
     Py_ssize_t num_kv_heads, group, q_len, kv_len, head_dim, v_dim
-    Py_ssize_t block_k, tiles, tasks
+    Py_ssize_t block_k
+    Py_ssize_t tiles, tiles_per_task, tasks_per_head, tasks
     Operand query, key, value, mask, out
     Operand query_offset, key_lengths, slopes   # data NULL when absent
     const double *sinks                 # (Hq,) or NULL
     char *lse                           # C order, reals, or NULL
     double scale, softcap
     int64_t left, right
-    Py_ssize_t scores_at, acc_at, gathered_at, scratch_bytes   # layout of a thread's scratch
+    # A thread's scratch: S, gathered rows, then for each tile of a task Tile, Qt and acc.
+    Py_ssize_t gathered_at, tiles_at, acc_at, tile_bytes, scratch_bytes
 
 
 cdef struct ThreadedCall:
@@ -130,7 +139,27 @@ cdef struct ThreadedCall:
     char *scratch
 
 
-cdef struct Tile:                       # the head of a thread's scratch
+cdef struct Head:                       # what the tiles of a task share
+    Py_ssize_t kv_head, batch
+    char *query
+    char *out
+    char *key
+    char *value
+    char *mask
+    char *slopes
+    int64_t offset, visible             # the first query's position; keys before key_lengths
+    void *S
+    char *gathered
+
+
+cdef struct Tile:
+    void *Qt
+    void *acc
+    Py_ssize_t row_begin
+    int count, nvec, lanes
+    int64_t first_min, first_max, last_min, last_max    # over the rows' reach
+    bint fresh                          # acc holds nothing yet
+    uint64_t seen                       # rows that saw a key
     const char *query_rows[MAX_LANES]
     const char *mask_rows[MAX_LANES]
     const char *rows[MAX_LANES]
@@ -138,7 +167,7 @@ cdef struct Tile:                       # the head of a thread's scratch
     int64_t first[MAX_LANES]            # keys [first, last] are in reach of the row
     int64_t last[MAX_LANES]
     int64_t position[MAX_LANES]
-    double row_max[MAX_LANES]           # these hold reals of the call's size
+    double row_max[MAX_LANES]           # from here on: reals of the call's size
     double row_sum[MAX_LANES]
     double alpha[MAX_LANES]
     double weight[MAX_LANES]
@@ -147,6 +176,13 @@ cdef struct Tile:                       # the head of a thread's scratch
     double range_last[MAX_LANES]
     double relative[MAX_LANES]
     uint64_t allow[MAX_BLOCK_K]
+
+
+cdef inline Py_ssize_t round_up(Py_ssize_t size) noexcept nogil:
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+cdef Py_ssize_t TILE_BYTES = round_up(sizeof(Tile))
 
 
 cdef inline double get_real(const void *reals, int i, int real_bytes) noexcept nogil:
@@ -166,8 +202,11 @@ cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
 
 cdef inline char *batch_entry(const Call *call, const Operand *operand,
                               Py_ssize_t batch) noexcept nogil:
+    """Where the operand's part for a batch entry begins; NULL when the operand is absent."""
     cdef char *data = operand.data
     cdef Py_ssize_t axis = call.batch_ndim
+    if data == NULL:
+        return NULL
     while axis > 0:
         axis -= 1
         data += batch % call.batch_shape[axis] * operand.batch_strides[axis]
@@ -205,162 +244,210 @@ cdef void gather_rows(const char **rows, const char **source, int count, Py_ssiz
                          operand.type)
 
 
-cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept nogil:
-    cdef const qkv_tile_kernels *kernels = call.kernels
-    cdef int real_bytes = kernels.real_bytes
-    cdef Tile *tile = <Tile *>scratch
-    cdef void *Qt = scratch + sizeof(Tile)
-    cdef void *S = scratch + call.scores_at
-    cdef void *acc = scratch + call.acc_at
-    cdef char *gathered = scratch + call.gathered_at
-    # Tasks of a head stand together (they share its keys), the last queries first: with causal
-    # masks those are the largest.
-    cdef Py_ssize_t tile_index = call.tiles - 1 - task % call.tiles
-    cdef Py_ssize_t kv_head = task // call.tiles % call.num_kv_heads
-    cdef Py_ssize_t batch = task // call.tiles // call.num_kv_heads
-    cdef Py_ssize_t row_begin = tile_index * kernels.tile_q
-    cdef Py_ssize_t rows_left = call.group * call.q_len - row_begin
-    cdef int count = <int>rows_left if rows_left < kernels.tile_q else kernels.tile_q
-    cdef int nvec = (count + kernels.lanes - 1) // kernels.lanes
-    if call.fixed_nvec:
-        nvec = call.fixed_nvec
-    cdef int lanes = nvec * kernels.lanes
+cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:
+    """Where every row lies and which keys are in its reach; pack the queries.
 
-    cdef char *query = batch_entry(call, &call.query, batch)
-    cdef char *out = batch_entry(call, &call.out, batch)
-    cdef char *key = batch_entry(call, &call.key, batch) + kv_head * call.key.head
-    cdef char *value = batch_entry(call, &call.value, batch) + kv_head * call.value.head
-    cdef bint masked = call.mask.data != NULL
-    cdef char *mask = batch_entry(call, &call.mask, batch) if masked else NULL
-    cdef bint mask_shared = call.mask.head == 0 and call.mask.row == 0
-    cdef int64_t offset = 0, visible = call.kv_len
-    if call.query_offset.data != NULL:
-        offset = (<int64_t *>batch_entry(call, &call.query_offset, batch))[0]
-    if call.key_lengths.data != NULL:
-        visible = (<int64_t *>batch_entry(call, &call.key_lengths, batch))[0]
-    cdef char *slopes = NULL
-    if call.slopes.data != NULL:
-        slopes = batch_entry(call, &call.slopes, batch)
-
-    # Where every lane's row lies and which keys are in its reach. Lanes past the last row
-    # compute it again, so that they never need a thought of their own.
-    cdef int i
-    cdef Py_ssize_t row, head, index
+    Lanes past the last row compute it again, so that they never need a thought of their own.
+    """
+    cdef int real_bytes = call.kernels.real_bytes
+    cdef Py_ssize_t row, query_head, index
     cdef int64_t position
-    cdef int64_t first_min = UNBOUNDED, first_max = 0, last_min = UNBOUNDED, last_max = -1
-    for i in range(lanes):
-        row = row_begin + (i if i < count else count - 1)
-        head = kv_head * call.group + row // call.q_len
+    cdef int i
+    tile.first_min = tile.last_min = UNBOUNDED
+    tile.first_max = 0
+    tile.last_max = -1
+    tile.fresh = True
+    tile.seen = 0
+    for i in range(tile.lanes):
+        row = tile.row_begin + (i if i < tile.count else tile.count - 1)
+        query_head = head.kv_head * call.group + row // call.q_len
         index = row % call.q_len
-        position = offset + index
+        position = head.offset + index
         tile.position[i] = position
-        tile.query_rows[i] = query + head * call.query.head + index * call.query.row
-        tile.out_rows[i] = out + head * call.out.head + index * call.out.row
-        if masked:
-            tile.mask_rows[i] = mask + head * call.mask.head + index * call.mask.row
-        if slopes != NULL:
-            set_real(tile.slope, i, real_bytes, (<double *>(slopes + head * call.slopes.head))[0])
+        tile.query_rows[i] = (head.query + query_head * call.query.head
+                              + index * call.query.row)
+        tile.out_rows[i] = head.out + query_head * call.out.head + index * call.out.row
+        if head.mask != NULL:
+            tile.mask_rows[i] = head.mask + query_head * call.mask.head + index * call.mask.row
+        if head.slopes != NULL:
+            set_real(tile.slope, i, real_bytes,
+                     (<double *>(head.slopes + query_head * call.slopes.head))[0])
         tile.first[i] = 0
-        tile.last[i] = visible - 1
+        tile.last[i] = head.visible - 1
         if call.left < UNBOUNDED and position - call.left > 0:
             tile.first[i] = position - call.left
-        if call.right < UNBOUNDED and position + call.right < visible - 1:
+        if call.right < UNBOUNDED and position + call.right < head.visible - 1:
             tile.last[i] = position + call.right
-        first_min = min(first_min, tile.first[i])
-        first_max = max(first_max, tile.first[i])
-        last_min = min(last_min, tile.last[i])
-        last_max = max(last_max, tile.last[i])
+        tile.first_min = min(tile.first_min, tile.first[i])
+        tile.first_max = max(tile.first_max, tile.first[i])
+        tile.last_min = min(tile.last_min, tile.last[i])
+        tile.last_max = max(tile.last_max, tile.last[i])
         set_real(tile.row_max, i, real_bytes, -FLT_MAX if real_bytes == 4 else -DBL_MAX)
         set_real(tile.row_sum, i, real_bytes, 0)
+    gather_rows(tile.rows, tile.query_rows, tile.lanes, 0, call.head_dim, &call.query,
+                real_bytes, head.gathered)
+    call.kernels.pack_rows(tile.Qt, tile.rows, call.head_dim, tile.nvec, call.scale * LOG2E)
 
-    gather_rows(tile.rows, tile.query_rows, lanes, 0, call.head_dim, &call.query, real_bytes,
-                gathered)
-    kernels.pack_rows(Qt, tile.rows, call.head_dim, nvec, call.scale * LOG2E)
 
-    cdef bint fresh = True, partial, grew
-    cdef uint64_t seen = 0, any_allowed
-    cdef const uint64_t *allow
-    cdef const char *block
-    cdef Py_ssize_t stride, nk, k
-    cdef int64_t begin = first_min // call.block_k * call.block_k
-    while begin <= last_max:
-        nk = min(call.block_k, last_max + 1 - begin)
-        partial = masked or first_max > begin or last_min < begin + nk - 1
-        allow = NULL
-        if partial:
-            memset(tile.allow, 0xff, nk * sizeof(uint64_t))
-            if first_max > begin or last_min < begin + nk - 1:
-                for i in range(lanes):
-                    set_real(tile.range_first, i, real_bytes,
-                             clamp(tile.first[i] - begin, -1, nk))
-                    set_real(tile.range_last, i, real_bytes, clamp(tile.last[i] - begin, -1, nk))
-                kernels.limit_range(tile.allow, nk, nvec, tile.range_first, tile.range_last)
-            if masked and call.mask.type == QKV_BOOL:
-                for i in range(1 if mask_shared else lanes):
-                    tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
-                if mask_shared:
-                    for k in range(nk):
-                        if not tile.rows[0][k * call.mask.col]:
-                            tile.allow[k] = 0
-                else:
-                    qkv_limit_mask(tile.allow, nk, lanes, tile.rows, call.mask.col)
-            any_allowed = 0
+cdef bint allow_in_block(const Call *call, Tile *tile, int64_t begin,
+                         Py_ssize_t nk) noexcept nogil:
+    """Fill tile.allow for a block that not every row sees whole; whether any row sees any key."""
+    cdef int real_bytes = call.kernels.real_bytes
+    cdef bint shared = call.mask.head == 0 and call.mask.row == 0
+    cdef uint64_t any_allowed = 0
+    cdef Py_ssize_t k
+    cdef int i
+    memset(tile.allow, 0xff, nk * sizeof(uint64_t))
+    if tile.first_max > begin or tile.last_min < begin + nk - 1:
+        for i in range(tile.lanes):
+            set_real(tile.range_first, i, real_bytes, clamp(tile.first[i] - begin, -1, nk))
+            set_real(tile.range_last, i, real_bytes, clamp(tile.last[i] - begin, -1, nk))
+        call.kernels.limit_range(tile.allow, nk, tile.nvec, tile.range_first, tile.range_last)
+    if call.mask.data != NULL and call.mask.type == QKV_BOOL:
+        for i in range(1 if shared else tile.lanes):
+            tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
+        if shared:
             for k in range(nk):
-                any_allowed |= tile.allow[k]
-            if not any_allowed:
-                begin += call.block_k
-                continue
-            allow = tile.allow
-
-        block = rows_for_kernel(call, &call.key, key + begin * call.key.row, nk, call.head_dim,
-                                gathered, &stride)
-        kernels.scores(S, Qt, block, stride, nk, call.head_dim, nvec)
-        if call.softcap != 0:
-            kernels.softcap(S, nk, nvec, call.softcap)
-        if slopes != NULL:
-            for i in range(lanes):
-                set_real(tile.relative, i, real_bytes, <double>(tile.position[i] - begin))
-            kernels.alibi(S, nk, nvec, tile.slope, tile.relative)
-        if masked and call.mask.type != QKV_BOOL:
-            gather_rows(tile.rows, tile.mask_rows, 1 if mask_shared else lanes,
-                        begin * call.mask.col, nk, &call.mask, real_bytes, gathered)
-            kernels.bias(S, nk, nvec, tile.rows, mask_shared, tile.allow)
-
-        if partial:
-            for k in range(nk):
-                seen |= tile.allow[k]
+                if not tile.rows[0][k * call.mask.col]:
+                    tile.allow[k] = 0
         else:
-            seen = ~<uint64_t>0
-        grew = kernels.softmax(S, nk, nvec, allow, tile.row_max, tile.row_sum, tile.alpha)
-        if grew and not fresh:
-            kernels.rescale(acc, call.v_dim, nvec, tile.alpha)
-        block = rows_for_kernel(call, &call.value, value + begin * call.value.row, nk, call.v_dim,
-                                gathered, &stride)
-        if partial and not kernels.all_finite(block, stride, nk, call.v_dim):
-            kernels.accumulate_allowed(acc, S, block, stride, nk, call.v_dim, nvec, fresh)
-        else:
-            kernels.accumulate(acc, S, block, stride, nk, call.v_dim, nvec, fresh)
-        fresh = False
-        begin += call.block_k
+            qkv_limit_mask(tile.allow, nk, tile.lanes, tile.rows, call.mask.col)
+    for k in range(nk):
+        any_allowed |= tile.allow[k]
+    return any_allowed != 0
 
-    if fresh:
-        memset(acc, 0, call.v_dim * lanes * real_bytes)
-    for i in range(count):
-        head = kv_head * call.group + (row_begin + i) // call.q_len
-        index = (row_begin + i) % call.q_len
-        finish_row(call, tile, i, seen >> i & 1, head,
-                   (batch * call.num_kv_heads * call.group + head) * call.q_len + index)
-    for i in range(count, lanes):
+
+cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t begin,
+                        Py_ssize_t nk) noexcept nogil:
+    """softcap, then ALiBi and the additive mask: a new score modifier goes here."""
+    cdef const qkv_tile_kernels *kernels = call.kernels
+    cdef bint shared = call.mask.head == 0 and call.mask.row == 0
+    cdef int i
+    if call.softcap != 0:
+        kernels.softcap(head.S, nk, tile.nvec, call.softcap)
+    if head.slopes != NULL:
+        for i in range(tile.lanes):
+            set_real(tile.relative, i, kernels.real_bytes, <double>(tile.position[i] - begin))
+        kernels.alibi(head.S, nk, tile.nvec, tile.slope, tile.relative)
+    if head.mask != NULL and call.mask.type != QKV_BOOL:
+        gather_rows(tile.rows, tile.mask_rows, 1 if shared else tile.lanes,
+                    begin * call.mask.col, nk, &call.mask, kernels.real_bytes, head.gathered)
+        kernels.bias(head.S, nk, tile.nvec, tile.rows, shared, tile.allow)
+
+
+cdef void attend_block(const Call *call, const Head *head, Tile *tile,
+                       int64_t begin) noexcept nogil:
+    """One step of the online softmax: the keys from `begin` on against one tile."""
+    cdef const qkv_tile_kernels *kernels = call.kernels
+    if begin > tile.last_max or begin + call.block_k <= tile.first_min:
+        return
+    cdef Py_ssize_t nk = min(call.block_k, tile.last_max + 1 - begin)
+    cdef bint partial = (head.mask != NULL or tile.first_max > begin
+                         or tile.last_min < begin + nk - 1)
+    if partial and not allow_in_block(call, tile, begin, nk):
+        return
+    cdef Py_ssize_t stride, k
+    cdef const char *block = rows_for_kernel(
+        call, &call.key, head.key + begin * call.key.row, nk, call.head_dim, head.gathered, &stride)
+    kernels.scores(head.S, tile.Qt, block, stride, nk, call.head_dim, tile.nvec)
+    modify_scores(call, head, tile, begin, nk)
+    if partial:
+        for k in range(nk):
+            tile.seen |= tile.allow[k]
+    else:
+        tile.seen = ~<uint64_t>0
+    cdef bint grew = kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL,
+                                     tile.row_max, tile.row_sum, tile.alpha)
+    if grew and not tile.fresh:
+        kernels.rescale(tile.acc, call.v_dim, tile.nvec, tile.alpha)
+    block = rows_for_kernel(call, &call.value, head.value + begin * call.value.row, nk, call.v_dim,
+                            head.gathered, &stride)
+    if partial and not kernels.all_finite(block, stride, nk, call.v_dim):
+        kernels.accumulate_allowed(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec,
+                                   tile.fresh)
+    else:
+        kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, tile.fresh)
+    tile.fresh = False
+
+
+cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:
+    """Divide by the sums and write the rows."""
+    cdef int real_bytes = call.kernels.real_bytes
+    cdef Py_ssize_t row, query_head
+    cdef int i
+    if tile.fresh:
+        memset(tile.acc, 0, call.v_dim * tile.lanes * real_bytes)
+    for i in range(tile.count):
+        row = tile.row_begin + i
+        query_head = head.kv_head * call.group + row // call.q_len
+        finish_row(call, tile, i, tile.seen >> i & 1, query_head,
+                   (head.batch * call.num_kv_heads * call.group + query_head) * call.q_len
+                   + row % call.q_len)
+    for i in range(tile.count, tile.lanes):
         set_real(tile.weight, i, real_bytes, 0)
     if call.out.direct:
-        kernels.store_rows(tile.out_rows, count, acc, call.v_dim, nvec, tile.weight)
+        call.kernels.store_rows(tile.out_rows, tile.count, tile.acc, call.v_dim, tile.nvec,
+                                tile.weight)
         return
-    for i in range(count):
-        tile.rows[i] = gathered + i * call.v_dim * real_bytes
-    kernels.store_rows(<char **>tile.rows, count, acc, call.v_dim, nvec, tile.weight)
-    for i in range(count):
+    for i in range(tile.count):
+        tile.rows[i] = head.gathered + i * call.v_dim * real_bytes
+    call.kernels.store_rows(<char **>tile.rows, tile.count, tile.acc, call.v_dim, tile.nvec,
+                            tile.weight)
+    for i in range(tile.count):
         qkv_write_row(tile.out_rows[i], tile.rows[i], real_bytes, call.v_dim, call.out.col,
                       call.out.type)
+
+
+cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept nogil:
+    # Tasks of a head stand together (they share its keys), the last queries first: with causal
+    # masks those are the largest.
+    cdef Py_ssize_t part = call.tasks_per_head - 1 - task % call.tasks_per_head
+    cdef Head head
+    head.kv_head = task // call.tasks_per_head % call.num_kv_heads
+    head.batch = task // call.tasks_per_head // call.num_kv_heads
+    head.query = batch_entry(call, &call.query, head.batch)
+    head.out = batch_entry(call, &call.out, head.batch)
+    head.key = batch_entry(call, &call.key, head.batch) + head.kv_head * call.key.head
+    head.value = batch_entry(call, &call.value, head.batch) + head.kv_head * call.value.head
+    head.mask = batch_entry(call, &call.mask, head.batch)
+    head.slopes = batch_entry(call, &call.slopes, head.batch)
+    head.offset = 0
+    head.visible = call.kv_len
+    if call.query_offset.data != NULL:
+        head.offset = (<int64_t *>batch_entry(call, &call.query_offset, head.batch))[0]
+    if call.key_lengths.data != NULL:
+        head.visible = (<int64_t *>batch_entry(call, &call.key_lengths, head.batch))[0]
+    head.S = scratch
+    head.gathered = scratch + call.gathered_at
+
+    cdef char *tile_scratch = scratch + call.tiles_at
+    cdef Py_ssize_t rows = call.group * call.q_len
+    cdef Py_ssize_t row_begin = part * call.tiles_per_task * call.kernels.tile_q
+    cdef int tiles = 0, i
+    cdef int64_t begin = UNBOUNDED, last = -1
+    cdef Tile *tile
+    while tiles < call.tiles_per_task and row_begin < rows:
+        tile = <Tile *>(tile_scratch + tiles * call.tile_bytes)
+        tile.Qt = <char *>tile + TILE_BYTES
+        tile.acc = <char *>tile + call.acc_at
+        tile.row_begin = row_begin
+        tile.count = <int>min(<Py_ssize_t>call.kernels.tile_q, rows - row_begin)
+        tile.nvec = (tile.count + call.kernels.lanes - 1) // call.kernels.lanes
+        if call.fixed_nvec:
+            tile.nvec = call.fixed_nvec
+        tile.lanes = tile.nvec * call.kernels.lanes
+        open_tile(call, &head, tile)
+        begin = min(begin, tile.first_min)
+        last = max(last, tile.last_max)
+        row_begin += call.kernels.tile_q
+        tiles += 1
+    begin = begin // call.block_k * call.block_k
+    while begin <= last:
+        for i in range(tiles):
+            attend_block(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes), begin)
+        begin += call.block_k
+    for i in range(tiles):
+        close_tile(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes))
 
 
 cdef void finish_row(const Call *call, Tile *tile, int i, bint seen, Py_ssize_t head,
@@ -422,7 +509,7 @@ cdef void run_tasks(const Call *call, char *scratch, int threads) noexcept nogil
 
 cdef int threads_for(const Call *call, int budget) noexcept:
     """The caller's budget, shared with the other callers of the moment, as far as it pays."""
-    cdef double work = (<double>call.tasks * call.kernels.tile_q * call.kv_len
+    cdef double work = (<double>call.tasks * call.tiles_per_task * call.kernels.tile_q * call.kv_len
                         * (call.head_dim + call.v_dim))
     if qkv_forked() or work < SERIAL_WORK:
         return 1
@@ -627,30 +714,37 @@ def run(problem, str tiles, str isa):
     for axis in range(nb):
         batches *= shape[axis]
     cdef Py_ssize_t widest = max(call.head_dim, call.v_dim)
+    if widest > (<Py_ssize_t>1 << 40):
+        raise MemoryError(f"no memory for tiles of head size {widest}")
+    cdef int budget = problem.num_threads
     call.block_k = BLOCK_K if widest <= WIDE else BLOCK_K_WIDE
     call.tiles = (call.group * call.q_len + kernels.tile_q - 1) // kernels.tile_q
-    call.tasks = batches * call.num_kv_heads * call.tiles
+    call.tiles_per_task = 1
+    if call.kv_len * (call.head_dim + call.v_dim) * kernels.real_bytes > SHARED_KEYS:
+        while (call.tiles_per_task < MAX_TILES_PER_TASK and batches * call.num_kv_heads
+               * call.tiles > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
+            call.tiles_per_task *= 2
+    call.tasks_per_head = (call.tiles + call.tiles_per_task - 1) // call.tiles_per_task
+    call.tasks = batches * call.num_kv_heads * call.tasks_per_head
     if call.tasks == 0:
         return
     cdef Py_ssize_t row_bytes = kernels.tile_q * kernels.real_bytes
-    cdef Py_ssize_t gathered = max(call.block_k, kernels.tile_q) * max(widest, call.block_k)
-    if widest > (<Py_ssize_t>1 << 40):
-        raise MemoryError(f"no memory for tiles of head size {widest}")
-    call.scores_at = sizeof(Tile) + call.head_dim * row_bytes
-    call.acc_at = call.scores_at + call.block_k * row_bytes
-    call.gathered_at = call.acc_at + call.v_dim * row_bytes
-    call.scratch_bytes = call.gathered_at
+    call.gathered_at = round_up(call.block_k * row_bytes)
+    call.tiles_at = call.gathered_at
     if not (call.query.direct and call.key.direct and call.value.direct and call.out.direct
             and (call.mask.data == NULL or call.mask.direct or call.mask.type == QKV_BOOL)):
-        call.scratch_bytes += gathered * kernels.real_bytes
-    call.scratch_bytes += ALIGNMENT - call.scratch_bytes % ALIGNMENT
+        call.tiles_at += round_up(max(call.block_k, kernels.tile_q) * max(widest, call.block_k)
+                                  * kernels.real_bytes)
+    call.acc_at = TILE_BYTES + round_up(call.head_dim * row_bytes)
+    call.tile_bytes = call.acc_at + round_up(call.v_dim * row_bytes)
+    call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.tile_bytes
 
     active_calls += 1
     cdef int threads
     cdef Arena arena
     cdef char *scratch
     try:
-        threads = threads_for(&call, problem.num_threads)
+        threads = threads_for(&call, budget)
         arena = take_arena(<size_t>threads * call.scratch_bytes)
         scratch = arena.aligned()
         with nogil:
