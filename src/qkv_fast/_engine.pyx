@@ -595,7 +595,8 @@ cdef dict table_index = {name: index for index, name in enumerate(isas())}
 
 def info():
     """Facts about this build, for show_config()."""
-    return {"compiler": QKV_COMPILER.decode(), "openmp": str(QKV_OPENMP) if QKV_OPENMP else ""}
+    return {"compiler": QKV_COMPILER.decode(),
+            "threading": f"OpenMP {QKV_OPENMP}" if QKV_OPENMP else "own pool"}
 
 
 cdef void run_fma_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:

@@ -1,0 +1,114 @@
+"""The compiled engine, built where there is a compiler; all else is in pyproject.toml.
+
+QKV_FAST_NO_EXTENSION=1       don't build it: the pure-Python engine serves the whole API
+QKV_FAST_REQUIRE_EXTENSION=1  fail when it can't be built (CI and wheel builds set this)
+QKV_FAST_OPENMP=1             loop with OpenMP instead of the library's own thread pool
+"""
+
+import json
+import os
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+PACKAGE = "qkv_fast"
+OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
+
+
+def extensions():
+    # No -march and no -ffast-math: an ISA's flags are in its own csrc/isa file, and flags that
+    # change arithmetic would hold for the whole interpreter.
+    flags = ["-O3", "-std=gnu11", "-fvisibility=hidden"] + ["-fopenmp"] * OPENMP
+    return [
+        Extension(
+            f"{PACKAGE}._engine",
+            [f"src/{PACKAGE}/_engine.pyx", *sorted(glob("csrc/*.c") + glob("csrc/isa/*.c"))],
+            depends=glob("csrc/*.h") + glob("csrc/simd/*.h"),
+            include_dirs=["csrc"],
+            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+            extra_compile_args=flags,
+            extra_link_args=["-pthread"] + ["-fopenmp"] * OPENMP,
+        ),
+        Extension(f"{PACKAGE}._blas", [f"src/{PACKAGE}/_blas.pyx"], extra_compile_args=flags),
+    ]
+
+
+class BuildExtension(build_ext):
+    """Build the engine or, failing that, note why not; never leave an old one behind."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.cython_c_in_temp = True
+        self.cython_directives = {
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+        }
+
+    def run(self):
+        reason = self.build_or_reason()
+        if reason:
+            if os.environ.get("QKV_FAST_REQUIRE_EXTENSION") == "1":
+                raise SystemExit(f"QKV_FAST_REQUIRE_EXTENSION=1, but {reason}")
+            print(f"qkv_fast: installing without the compiled engine: {reason}")
+            for extension in self.extensions:
+                Path(self.built_path(extension)).unlink(missing_ok=True)
+            self.extensions = []  # nothing for an editable install to look for
+        compiler = getattr(self.compiler, "compiler", None) or ["unknown"]
+        facts = {
+            "extension": not reason,
+            "reason": reason,
+            "openmp": OPENMP,
+            "compiler": " ".join(map(str, compiler)),
+        }
+        self.facts_path().parent.mkdir(parents=True, exist_ok=True)
+        self.facts_path().write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def build_or_reason(self):
+        if os.environ.get("QKV_FAST_NO_EXTENSION") == "1":
+            return "QKV_FAST_NO_EXTENSION=1 was set when it was built"
+        try:
+            import numpy
+
+            for extension in self.extensions:
+                extension.include_dirs.append(numpy.get_include())
+            super().run()
+        except (Exception, SystemExit) as error:  # whatever a broken tool chain can raise
+            return f"the build failed: {type(error).__name__}: {error}"
+        return ""
+
+    def built_path(self, extension):
+        if self.inplace or self.editable_mode:
+            return Path("src") / self.get_ext_filename(extension.name)
+        return self.get_ext_fullpath(extension.name)
+
+    def facts_path(self):
+        root = Path("src") if self.inplace or self.editable_mode else Path(self.build_lib)
+        return root / PACKAGE / "_build_info.json"
+
+    def get_outputs(self):
+        return [*super().get_outputs(), str(self.facts_path())]
+
+
+class Wheel(bdist_wheel):
+    """A wheel without the engine runs anywhere, and its name says so."""
+
+    def run(self):
+        self.run_command("build_ext")
+        if not self.get_finalized_command("build_ext").extensions:
+            self.root_is_pure = True
+        super().run()
+
+    def get_tag(self):
+        return ("py3", "none", "any") if self.root_is_pure else super().get_tag()
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+)

@@ -1,0 +1,17 @@
+"""Scaled dot-product attention on CPUs, for NumPy arrays."""
+
+from ._backend import backend
+from ._config import show_config
+from ._threads import get_num_threads, set_num_threads, threads
+from .attention import scaled_dot_product_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backend",
+    "get_num_threads",
+    "scaled_dot_product_attention",
+    "set_num_threads",
+    "show_config",
+    "threads",
+]

@@ -1,0 +1,227 @@
+"""The one decision of which engine computes a call, with which tiles and which ISA."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ._problem import Problem
+
+ENGINES = ("auto", "native", "python")
+TILES = ("auto", "simd", "blas")
+ISAS = ("auto", "scalar", "avx2", "avx512")  # weakest first
+_VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
+
+
+class Choice(NamedTuple):
+    """An engine, and for the native one its tiles and ISA."""
+
+    engine: str
+    tiles: str = ""
+    isa: str = ""
+
+
+_Wish = tuple[str, str, str]
+_Runner = Callable[["Problem"], None]
+
+_wish: contextvars.ContextVar[_Wish | None] = contextvars.ContextVar("backend", default=None)
+_environment: _Wish | None = None
+_runners: dict[tuple[_Wish | None, bool], _Runner] = {}
+_native: ModuleType | None = None
+_native_error = ""
+_warned = False
+
+
+@contextlib.contextmanager
+def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") -> Iterator[None]:
+    """Choose the engine of calls within a ``with`` block, in this Python thread or task alone.
+
+    Parameters
+    ----------
+    backend : {"auto", "native", "python"}
+        The engine. "auto" leaves it to ``QKV_FAST_BACKEND``, else takes the native engine where
+        it was built.
+    tiles : {"auto", "simd", "blas"}
+        What computes the native engine's products. "auto" leaves it to ``QKV_FAST_TILES``, else
+        takes SIMD kernels for float32 and the 16-bit types and BLAS for float64.
+    isa : {"auto", "scalar", "avx2", "avx512"}
+        The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the strongest.
+
+    Raises
+    ------
+    ValueError
+        A word that is none of these.
+    RuntimeError
+        What is asked for is not there: not built, or not executable by this CPU.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> x = np.ones((1, 2, 3, 4), np.float32)
+    >>> with qkv_fast.backend("python"):
+    ...     qkv_fast.scaled_dot_product_attention(x, x, x).sum()
+    np.float32(24.0)
+    """
+    wish = (
+        _checked("backend", backend, ENGINES),
+        _checked("tiles", tiles, TILES),
+        _checked("isa", isa, ISAS),
+    )
+    resolve(wish, wide=False)
+    token = _wish.set(wish)
+    try:
+        yield
+    finally:
+        _wish.reset(token)
+
+
+def dispatch(problem: Problem) -> None:
+    """Compute `problem` with the engine in force."""
+    key = (_wish.get(), problem.out_code == 1)
+    runner = _runners.get(key)
+    if runner is None:
+        runner = _runners[key] = _runner(*key)
+    runner(problem)
+
+
+def current(dtype: object = "float32") -> Choice:
+    """Return what a call with this dtype would use here and now."""
+    return resolve(_wish.get(), wide=str(dtype) == "float64")
+
+
+def available() -> list[Choice]:
+    """Return everything that this machine can execute, the Python engine first."""
+    choices = [Choice("python")]
+    native = _load_native()
+    if native is not None:
+        choices += [Choice("native", "simd", isa) for isa in native.isas()]
+        choices.append(Choice("native", "blas", native.isas()[-1]))
+    return choices
+
+
+def why_not_native() -> str:
+    """Return why the native engine is not there, or an empty string."""
+    return _native_error if _load_native() is None else ""
+
+
+def build_facts() -> dict[str, Any]:
+    """Return what setup.py noted when it built the package."""
+    try:
+        facts: dict[str, Any] = json.loads(
+            Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8")
+        )
+    except (OSError, ValueError):
+        return {}
+    return facts
+
+
+def resolve(wish: _Wish | None, *, wide: bool) -> Choice:
+    """Turn what was wished for, here and in the environment, into what is used, or raise."""
+    wish = wish or ("auto", "auto", "auto")
+    engine, tiles, isa = (
+        default if word == "auto" else word
+        for word, default in zip(wish, _from_environment(), strict=True)
+    )
+    if engine == "python":
+        return Choice("python")
+    native = _load_native()
+    if native is None:
+        if engine == "native" or (engine == "auto" and (tiles != "auto" or isa != "auto")):
+            raise RuntimeError(
+                f"the native engine was asked for, but it is not available: {_native_error}"
+            )
+        return Choice("python")
+    executable = native.isas()
+    if isa != "auto" and isa not in executable:
+        raise RuntimeError(
+            f"isa {isa!r} was asked for, but this build and CPU have {', '.join(executable)}"
+        )
+    if tiles == "auto":
+        # A CPU without a SIMD table has an OpenBLAS kernel that beats the scalar one.
+        tiles = "blas" if wide or (isa == "auto" and executable[-1] == "scalar") else "simd"
+    return Choice("native", tiles, executable[-1] if isa == "auto" else isa)
+
+
+def _runner(wish: _Wish | None, wide: bool) -> _Runner:
+    global _warned
+    choice = resolve(wish, wide=wide)
+    if choice.engine == "python":
+        from ._reference import run
+
+        asked = (wish or ("auto",))[0] == "python" or _from_environment()[0] == "python"
+        if not asked and not _warned:
+            _warned = True
+            warnings.warn(
+                f"qkv_fast: the compiled engine is not available ({_native_error}); "
+                "using the pure-Python engine",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return run
+    native_run, tiles, isa = _native_module().run, choice.tiles, choice.isa
+    if tiles == "blas":
+        _native_module().load_blas()
+    return lambda problem: native_run(problem, tiles, isa)
+
+
+def _native_module() -> ModuleType:
+    native = _load_native()
+    assert native is not None
+    return native
+
+
+def _load_native() -> ModuleType | None:
+    """Import the extension, once."""
+    global _native, _native_error
+    if _native is None and not _native_error:
+        try:
+            with _short_spin():
+                from . import _engine
+        except ImportError as error:
+            _native_error = build_facts().get("reason") or str(error)
+        else:
+            _native = _engine
+    return _native
+
+
+@contextlib.contextmanager
+def _short_spin() -> Iterator[None]:
+    """Bound the time that libgomp's idle threads spin, should this be an OpenMP build.
+
+    It reads its environment once, when it is loaded. By default its threads spin for
+    milliseconds on the CPUs that NumPy's BLAS wants next.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+    try:
+        yield
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
+def _checked(name: str, word: str, words: tuple[str, ...]) -> str:
+    if word not in words:
+        raise ValueError(f"{name} is {word!r}: it must be one of {', '.join(words)}")
+    return word
+
+
+def _from_environment() -> _Wish:
+    global _environment
+    if _environment is None:
+        engine, tiles, isa = (
+            _checked(name, os.environ.get(name) or "auto", words)
+            for name, words in zip(_VARIABLES, (ENGINES, TILES, ISAS), strict=True)
+        )
+        _environment = (engine, tiles, isa)
+    return _environment

@@ -1,0 +1,147 @@
+"""How many threads a call may use: an argument, a context, a setting, or what the machine gives."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import operator
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_MOUNT = Path("/sys/fs/cgroup")
+_process_wide: int | None = None
+_local: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads", default=None)
+_default: tuple[int, str] | None = None
+
+
+def checked(num_threads: object) -> int:
+    """`num_threads` as an int of at least 1; TypeError or ValueError otherwise."""
+    if isinstance(num_threads, bool):
+        raise TypeError("num_threads must be an integer of at least 1, not a bool")
+    try:
+        count = operator.index(num_threads)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"num_threads must be an integer of at least 1, not {type(num_threads).__name__}"
+        ) from None
+    if count < 1:
+        raise ValueError(f"num_threads is {count}: it must be at least 1")
+    return min(count, 1 << 16)
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Set the number of threads of later calls, in the whole process.
+
+    Parameters
+    ----------
+    num_threads : int or None
+        At least 1. None returns to the default: ``OMP_NUM_THREADS``, else the CPUs that the
+        process may use by its affinity and its cgroup's quota.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> qkv_fast.set_num_threads(2)
+    >>> qkv_fast.get_num_threads()
+    2
+    >>> qkv_fast.set_num_threads(None)
+    """
+    global _process_wide
+    _process_wide = None if num_threads is None else checked(num_threads)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that a call made here and now may use.
+
+    Returns
+    -------
+    int
+        From `threads`, else `set_num_threads`, else the default.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> qkv_fast.get_num_threads() >= 1
+    True
+    """
+    return _local.get() or _process_wide or default()[0]
+
+
+@contextlib.contextmanager
+def threads(num_threads: int) -> Iterator[None]:
+    """Limit the threads of calls within a ``with`` block, in this Python thread or task alone.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> with qkv_fast.threads(1):
+    ...     qkv_fast.get_num_threads()
+    1
+    """
+    token = _local.set(checked(num_threads))
+    try:
+        yield
+    finally:
+        _local.reset(token)
+
+
+def source() -> str:
+    """Say where the number of `get_num_threads` comes from."""
+    if _local.get():
+        return "qkv_fast.threads"
+    return "qkv_fast.set_num_threads" if _process_wide else default()[1]
+
+
+def default() -> tuple[int, str]:
+    """Return the number of threads when nobody asked for one, and where it comes from."""
+    global _default
+    if _default is None:
+        _default = _find_default()
+    return _default
+
+
+def _find_default() -> tuple[int, str]:
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if first.isdecimal() and int(first) >= 1:
+        return int(first), "OMP_NUM_THREADS"
+    if hasattr(os, "sched_getaffinity"):
+        cpus, what = len(os.sched_getaffinity(0)), "CPU affinity"
+    else:
+        cpus, what = os.cpu_count() or 1, "CPUs"
+    quota = cgroup_quota()
+    if quota is not None and quota < cpus:
+        return max(1, int(quota)), "cgroup CPU quota"
+    return max(1, cpus), what
+
+
+def cgroup_quota(mount: Path = _MOUNT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return the CPUs' worth of time that the process' cgroups grant, or None when unlimited."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    quotas: list[float] = []
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":  # version 2: one tree, "quota period" or "max period"
+            root, names = mount, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, names = mount / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                fields = " ".join((folder / name).read_text() for name in names).split()
+                quota, period = float(fields[0]), float(fields[1])
+                if quota > 0 and period > 0:
+                    quotas.append(quota / period)
+            if folder == root:
+                break
+    return min(quotas, default=None)

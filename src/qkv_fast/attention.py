@@ -1,0 +1,189 @@
+"""The public op: its parameters and what they mean. The work is done behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from ._backend import dispatch
+from ._problem import normalize
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    query_offset: int | Sequence[int] | Array = ...,
+    window: tuple[int | None, int | None] | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Any = ...,
+    sinks: Any = ...,
+    key_lengths: int | Sequence[int] | Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    num_threads: int | None = ...,
+) -> Array: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    query_offset: int | Sequence[int] | Array = ...,
+    window: tuple[int | None, int | None] | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Any = ...,
+    sinks: Any = ...,
+    key_lengths: int | Sequence[int] | Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    num_threads: int | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    query_offset: int | Sequence[int] | Array = 0,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    key_lengths: int | Sequence[int] | Array | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    num_threads: int | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""Compute ``softmax(query @ key.T * scale + bias) @ value`` for every head.
+
+    The first eight parameters are those of ``torch.nn.functional.scaled_dot_product_attention``,
+    in its order and meaning.
+
+    Parameters
+    ----------
+    query : array, shape (..., Hq, Lq, D)
+        float32, float64, float16 or bfloat16 (``ml_dtypes``). Two axes (Lq, D) mean one head. Any
+        strides, alignment and byte order. Besides ndarrays, anything that NumPy can view
+        without a copy: the buffer protocol, ``__array_interface__``, DLPack.
+    key : array, shape (..., Hkv, Lk, D)
+        Of query's dtype. Batch axes (``...``) broadcast, without copies.
+    value : array, shape (..., Hkv, Lk, Dv)
+        Of query's dtype.
+    attn_mask : array, broadcastable to (..., Hq, Lq, Lk), optional
+        Boolean: True where the query may attend to the key. Floating: added to the scores, and
+        -inf excludes the key as False does. Never materialised.
+    dropout_p : float
+        Must be 0.0: the op is for inference.
+    is_causal : bool
+        A query attends to the keys up to its own position only. Together with `attn_mask`,
+        both apply.
+    scale : float, optional
+        Factor of the scores, of any sign; 1/√D by default.
+    enable_gqa : bool
+        Allow Hq to be a multiple of Hkv: query head h reads key head ``h // (Hq // Hkv)``.
+    query_offset : int or ints, shape broadcastable to (...)
+        Query i stands at position ``query_offset + i``, key j at j. The default 0 aligns causal
+        masks top-left, as torch does; ``Lk - Lq`` aligns them bottom-right, as with a KV cache.
+    window : pair (left, right) of int or None, optional
+        A query at position p sees keys ``p - left <= j <= p + right``, both ends inclusive, as in
+        flash-attn and ONNX; None is no bound on that side. Transformers' ``sliding_window=w`` is
+        ``(w - 1, 0)``.
+    softcap : float, optional
+        Positive c: scores become ``c * tanh(score / c)``.
+    alibi_slopes : array, shape broadcastable to (..., Hq), optional
+        ``-slope * abs(position - j)`` is added to the scores.
+    sinks : array, shape (Hq,), optional
+        Logits, neither scaled nor capped, that join the softmax's denominator only.
+    key_lengths : int or ints, shape broadcastable to (...), optional
+        Keys from there on are never read, whatever they hold.
+    out : ndarray, shape (..., Hq, Lq, Dv), optional
+        Where the result goes. It may be `query` itself or overlap any input: the answer is as
+        if it did not.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+    num_threads : int, optional
+        Threads of this call; see `get_num_threads` for the default.
+
+    Returns
+    -------
+    result : ndarray, shape (..., Hq, Lq, Dv)
+        `out`, or a new array of query's dtype in native byte order, laid out in memory like query
+        (order 'K').
+    lse : ndarray, shape (..., Hq, Lq)
+        With `return_lse`: the natural log-sum-exp of each row's modified scores over the keys that
+        it may attend to, without the sink. float32, or float64 for float64.
+
+    Raises
+    ------
+    TypeError
+        Dtypes that differ or are none of the four, or an argument of the wrong kind.
+    ValueError
+        Shapes that don't fit, an argument out of range, a read-only `out`. Nothing is written
+        then.
+
+    Notes
+    -----
+    The order is: score = q·k * scale; softcap; ALiBi and floating mask; exclusion (boolean mask,
+    -inf, causal, window, key_lengths); softmax with sinks. A row that may attend to no key gives
+    zeros, and -inf as its lse. An excluded key has no influence, even if it holds NaN.
+    Sums are in float32, in float64 for float64. A row's result depends on its own inputs only:
+    not on the number of threads, nor on the rest of the batch.
+
+    The maths is equation 1 of Vaswani et al., *Attention Is All You Need* (2017), by the online
+    softmax of Milakov and Gimelshein (2018) in blocks as in Dao et al., *FlashAttention* (2022);
+    ALiBi is from Press et al., *Train Short, Test Long* (2022), grouped heads from Ainslie et
+    al., *GQA* (2023).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 12, 128, 64), np.float32)  # batch 2, 12 heads
+    >>> qkv_fast.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+    (2, 12, 128, 64)
+
+    Equal keys share the weight evenly:
+
+    >>> q, k = np.ones((1, 4)), np.ones((3, 4))
+    >>> v = np.array([[0.0], [3.0], [6.0]])
+    >>> qkv_fast.scaled_dot_product_attention(q, k, v).round(12)
+    array([[3.]])
+    """
+    problem = normalize(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                        query_offset, window, softcap, alibi_slopes, sinks, key_lengths, out,
+                        return_lse, num_threads)  # fmt: skip
+    dispatch(problem)
+    if problem.destination is not None:
+        np.copyto(problem.destination, problem.out)
+    if problem.lse_result is not None:
+        return problem.result, problem.lse_result
+    return problem.result
