@@ -119,6 +119,14 @@ void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdi
     }
 }
 
+void qkv_clear_odd(void *row, int real_bytes, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        if (real_bytes == 4 && !isfinite(((float *)row)[i])) ((float *)row)[i] = 0;
+        if (real_bytes == 8 && !isfinite(((double *)row)[i])) ((double *)row)[i] = 0;
+    }
+}
+
 void qkv_write_row(char *dst, const void *row, int real_bytes, ptrdiff_t n, ptrdiff_t stride,
                    int type)
 {

@@ -14,6 +14,9 @@ enum { QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_SWAPPE
 void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdiff_t stride,
                   int type);
 
+/* Infinities and NaN of row[0..n) become 0. */
+void qkv_clear_odd(void *row, int real_bytes, ptrdiff_t n);
+
 /* The n elements at dst = row[0..n), rounded to nearest even; never byte-swapped. */
 void qkv_write_row(char *dst, const void *row, int real_bytes, ptrdiff_t n, ptrdiff_t stride,
                    int type);

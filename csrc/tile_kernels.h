@@ -62,9 +62,10 @@ typedef struct {
     void (*accumulate)(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
                        ptrdiff_t Dv, int nvec, int fresh);
 
-    /* The same for a V that holds infinities or NaN: an excluded key (P = -0.0) adds nothing. */
-    void (*accumulate_allowed)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
-                               ptrdiff_t nk, ptrdiff_t Dv, int nvec, int fresh);
+    /* The same for the infinities and NaN in V alone, where an excluded key (P = -0.0) adds
+     * nothing; acc must hold something. The finite elements are left to accumulate. */
+    void (*accumulate_odd)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
+                           ptrdiff_t nk, ptrdiff_t Dv, int nvec);
 
     /* Whether every element of V[nk][Dv] is finite. */
     int (*all_finite)(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv);
@@ -77,10 +78,16 @@ typedef struct {
     double (*fma_chain)(ptrdiff_t n);
 } qkv_tile_kernels;
 
+#if defined(__GNUC__)
+#define QKV_EXPORT __attribute__((visibility("default"))) /* for tests/tile_tables.py */
+#else
+#define QKV_EXPORT
+#endif
+
 /* The tables in this build, weakest first, for real_bytes 4 or 8; NULL past the end. */
-const qkv_tile_kernels *qkv_tile_table(int index, int real_bytes);
+QKV_EXPORT const qkv_tile_kernels *qkv_tile_table(int index, int real_bytes);
 
 /* Whether this CPU and operating system can execute the table with that index. */
-int qkv_tile_table_runs(int index);
+QKV_EXPORT int qkv_tile_table_runs(int index);
 
 #endif

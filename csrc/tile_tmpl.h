@@ -188,22 +188,21 @@ static void accumulate(void *acc, const void *P, const char *V, ptrdiff_t v_stri
     product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, fresh);
 }
 
-static void accumulate_allowed(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
-                               ptrdiff_t nk, ptrdiff_t Dv, int nvec, int fresh)
+static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
+                           ptrdiff_t nk, ptrdiff_t Dv, int nvec)
 {
     real *acc = acc_;
     const real *P = P_;
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
-    for (ptrdiff_t d = 0; d < Dv; d++) {
-        for (int v = 0; v < nvec; v++) {
-            real *c = acc + d * ld + v * LANES;
-            vec sum = fresh ? v_set1(0) : v_load(c);
-            for (ptrdiff_t k = 0; k < nk; k++) {
-                const vec p = v_load(P + k * ld + v * LANES);
-                const vec x = v_set1(load_real(V + k * v_stride + d * (ptrdiff_t)sizeof(real)));
-                sum = v_select_negative(p, sum, v_fma(x, p, sum));
+    for (ptrdiff_t k = 0; k < nk; k++) {
+        for (ptrdiff_t d = 0; d < Dv; d++) {
+            const real x = load_real(V + k * v_stride + d * (ptrdiff_t)sizeof(real));
+            if (x - x == 0) continue;
+            for (int v = 0; v < nvec; v++) {
+                real *c = acc + d * ld + v * LANES;
+                const vec p = v_load(P + k * ld + v * LANES), sum = v_load(c);
+                v_store(c, v_select_negative(p, sum, v_fma(v_set1(x), p, sum)));
             }
-            v_store(c, sum);
         }
     }
 }
@@ -406,7 +405,7 @@ const qkv_tile_kernels QKV_TABLE = {
     .softmax = softmax,
     .rescale = rescale,
     .accumulate = accumulate,
-    .accumulate_allowed = accumulate_allowed,
+    .accumulate_odd = accumulate_odd,
     .all_finite = all_finite,
     .store_rows = store_rows,
     .fma_chain = fma_chain,

@@ -39,8 +39,8 @@ cdef extern from "tile_kernels.h" nogil:
         void (*rescale)(void *, Py_ssize_t, int, const void *) noexcept nogil
         void (*accumulate)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                            int, int) noexcept nogil
-        void (*accumulate_allowed)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
-                                   Py_ssize_t, int, int) noexcept nogil
+        void (*accumulate_odd)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
+                               Py_ssize_t, int) noexcept nogil
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
@@ -52,6 +52,7 @@ cdef extern from "tile_kernels.h" nogil:
 cdef extern from "convert.h" nogil:
     int QKV_FLOAT32, QKV_FLOAT64, QKV_BOOL
     void qkv_read_row(void *, int, const char *, Py_ssize_t, Py_ssize_t, int)
+    void qkv_clear_odd(void *, int, Py_ssize_t)
     void qkv_write_row(char *, const void *, int, Py_ssize_t, Py_ssize_t, int)
     void qkv_limit_mask(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t)
 
@@ -230,6 +231,22 @@ cdef const char *rows_for_kernel(const Call *call, const Operand *operand, const
     return gathered
 
 
+cdef const char *clean_rows(const Call *call, const Head *head, const char *block,
+                            Py_ssize_t count, Py_ssize_t *stride) noexcept nogil:
+    """A copy of a value block (which may lie in `gathered` already) with 0 for what isn't finite."""
+    cdef int real_bytes = call.kernels.real_bytes
+    cdef Py_ssize_t i
+    cdef char *row
+    for i in range(count):
+        row = head.gathered + i * call.v_dim * real_bytes
+        if block != head.gathered:
+            qkv_read_row(row, real_bytes, block + i * stride[0], call.v_dim, real_bytes,
+                         QKV_FLOAT32 if real_bytes == 4 else QKV_FLOAT64)
+        qkv_clear_odd(row, real_bytes, call.v_dim)
+    stride[0] = call.v_dim * real_bytes
+    return head.gathered
+
+
 cdef void gather_rows(const char **rows, const char **source, int count, Py_ssize_t offset,
                       Py_ssize_t length, const Operand *operand, int real_bytes,
                       char *gathered) noexcept nogil:
@@ -363,10 +380,13 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
     block = rows_for_kernel(call, &call.value, head.value + begin * call.value.row, nk, call.v_dim,
                             head.gathered, &stride)
     if partial and not kernels.all_finite(block, stride, nk, call.v_dim):
-        kernels.accumulate_allowed(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec,
-                                   tile.fresh)
-    else:
-        kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, tile.fresh)
+        # 0 * inf is NaN: what is not finite goes to the rows that may see it, and out of the block.
+        if tile.fresh:
+            memset(tile.acc, 0, call.v_dim * tile.lanes * kernels.real_bytes)
+            tile.fresh = False
+        kernels.accumulate_odd(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec)
+        block = clean_rows(call, head, block, nk, &stride)
+    kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, tile.fresh)
     tile.fresh = False
 
 
@@ -731,11 +751,8 @@ def run(problem, str tiles, str isa):
         return
     cdef Py_ssize_t row_bytes = kernels.tile_q * kernels.real_bytes
     call.gathered_at = round_up(call.block_k * row_bytes)
-    call.tiles_at = call.gathered_at
-    if not (call.query.direct and call.key.direct and call.value.direct and call.out.direct
-            and (call.mask.data == NULL or call.mask.direct or call.mask.type == QKV_BOOL)):
-        call.tiles_at += round_up(max(call.block_k, kernels.tile_q) * max(widest, call.block_k)
-                                  * kernels.real_bytes)
+    call.tiles_at = call.gathered_at + round_up(
+        max(call.block_k, kernels.tile_q) * max(widest, call.block_k) * kernels.real_bytes)
     call.acc_at = TILE_BYTES + round_up(call.head_dim * row_bytes)
     call.tile_bytes = call.acc_at + round_up(call.v_dim * row_bytes)
     call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.tile_bytes

@@ -1,0 +1,62 @@
+"""Every test that takes `engine` runs on each engine, tile kind and ISA that is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import qkv_fast
+from qkv_fast import _backend
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=60,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("default")
+
+ALL = [_backend.Choice("python")]
+ALL += [_backend.Choice("native", "simd", isa) for isa in _backend.ISAS[1:]]
+ALL += [_backend.Choice("native", "blas", isa) for isa in _backend.ISAS[1:]]
+
+
+def forced(choice: _backend.Choice) -> bool:
+    """Whether the environment lets this choice be tested: a forced run tests only its own."""
+    engine, tiles, isa = (os.environ.get(name) or "auto" for name in _backend._VARIABLES)
+    if choice.engine == "python":
+        return engine == "python" or (engine, tiles, isa) == ("auto",) * 3
+    return engine != "python" and tiles in ("auto", choice.tiles) and isa in ("auto", choice.isa)
+
+
+@pytest.fixture(
+    params=[choice for choice in ALL if forced(choice)],
+    ids=lambda choice: "-".join(filter(None, choice)),
+)
+def engine(request: pytest.FixtureRequest) -> Iterator[_backend.Choice]:
+    choice = request.param
+    if choice.engine == "native":
+        if _backend.why_not_native():
+            pytest.skip(f"no native engine: {_backend.why_not_native()}")
+        executable = _backend._native_module().isas()
+        if choice.isa not in executable:
+            pytest.skip(f"this CPU lacks {choice.isa}")
+    with qkv_fast.backend(choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"):
+        yield choice
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20261120)
+
+
+@pytest.fixture
+def native() -> None:
+    """For tests of what only the compiled engine has."""
+    if _backend.why_not_native() or _backend.current().engine == "python":
+        pytest.skip("no native engine, or the Python engine was asked for")

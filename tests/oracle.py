@@ -1,0 +1,120 @@
+"""The formula, written plainly over whole matrices: what every answer is judged by.
+
+Independent of the package on purpose, and in float64 unless told otherwise: `attention` with the
+dtype of the inputs is the "plain computation in the same precision" of the tolerance rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FLOAT16_LIKE = ("float16", "bfloat16")
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    query_offset: Any = 0,
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    key_lengths: Any = None,
+    real: Any = np.float64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (out, lse) of (..., H, L, D) arrays, in `real`; grouped heads by their numbers."""
+    q, k, v = (np.asarray(x).astype(real) for x in (query, key, value))
+    flat = max(q.ndim, k.ndim, v.ndim) == 2
+    q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
+    heads, q_len, kv_len = q.shape[-3], q.shape[-2], k.shape[-2]
+    group = heads // max(1, k.shape[-3])
+    k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
+    batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+
+    with np.errstate(all="ignore"):
+        s = q @ np.swapaxes(k, -1, -2)
+        s = s * real(q.shape[-1] ** -0.5 if scale is None else scale)
+        s = np.broadcast_to(s, (*batch, heads, q_len, kv_len))
+        if softcap is not None:
+            s = real(softcap) * np.tanh(s / real(softcap))
+
+        offset = np.broadcast_to(query_offset, batch)[..., None, None, None]
+        position = offset + np.arange(q_len)[:, None]
+        j = np.arange(kv_len)
+        if alibi_slopes is not None:
+            slopes = np.broadcast_to(alibi_slopes, (*batch, heads))[..., None, None]
+            s = s + (-slopes * np.abs(position - j)).astype(real)
+        allowed = np.ones(s.shape, bool)
+        if attn_mask is not None:
+            mask = np.asarray(attn_mask)
+            if mask.dtype == bool:
+                allowed &= mask
+            else:
+                allowed &= mask != -np.inf
+                s = s + mask.astype(real)
+        if is_causal:
+            allowed &= j <= position
+        if window is not None:
+            left, right = window
+            if left is not None:
+                allowed &= j >= position - left
+            if right is not None:
+                allowed &= j <= position + right
+        if key_lengths is not None:
+            allowed &= j < np.broadcast_to(key_lengths, batch)[..., None, None, None]
+
+        s = np.where(allowed, s, -np.inf)
+        some = allowed.any(axis=-1, keepdims=True)
+        m = np.max(s, axis=-1, keepdims=True, initial=np.finfo(real).min)
+        p = np.exp(s - m)
+        total = p.sum(axis=-1, keepdims=True)
+        lse = np.where(some, m + np.log(total), -np.inf)[..., 0]
+        if sinks is not None:
+            total = total + np.exp(np.asarray(sinks, real)[:, None, None] - m)
+        # An excluded key adds nothing, even if its value is NaN: 0 * NaN must not arise.
+        v = np.broadcast_to(v, (*batch, *v.shape[-3:]))
+        weights = p / total
+        out = weights @ np.where(np.isfinite(v), v, 0)
+        for index in np.argwhere(~np.isfinite(v)):
+            *lead, n, d = map(int, index)
+            rows = allowed[(*lead, slice(None), n)]
+            out[(*lead, rows, d)] += weights[(*lead, rows, n)] * v[(*lead, n, d)]
+        out = np.where(some, out, 0)
+    return (out[0], lse[0]) if flat else (out, lse)
+
+
+def assert_close(actual: np.ndarray, query: Any, key: Any, value: Any, **options: Any) -> None:
+    """Judge an answer: at most twice the error of a plain computation in the same precision."""
+    dtype = np.asarray(query).dtype.newbyteorder("=")
+    assert actual.dtype == dtype
+    exact, _ = attention(query, key, value, **options)
+    real = np.float32 if dtype.name in FLOAT16_LIKE else dtype.type
+    plain = attention(query, key, value, real=real, **options)[0].astype(dtype)
+    assert_error_at_most_twice(actual, plain, exact)
+
+
+def assert_error_at_most_twice(actual: np.ndarray, plain: np.ndarray, exact: np.ndarray) -> None:
+    """The rule itself, with a floor of a few units in the last place of the largest number."""
+    assert actual.shape == exact.shape
+    with np.errstate(all="ignore"):
+        exact_here = exact.astype(actual.dtype).astype(np.float64)
+    got = actual.astype(np.float64)
+    odd = ~np.isfinite(exact_here)
+    np.testing.assert_array_equal(got[odd], exact_here[odd])
+    if odd.all():
+        return
+    eps = 2.0**-7 if actual.dtype.name == "bfloat16" else float(np.finfo(actual.dtype).eps)
+    # The oracle is no more exact than a float64 answer: there, only the floor judges.
+    units = 64 if actual.dtype == np.float64 else 4
+    floor = units * eps * max(1e-30, float(np.abs(exact[~odd]).max()))
+    plain_error = np.abs(plain.astype(np.float64)[~odd] - exact[~odd])
+    plain_error = float(np.max(plain_error, where=np.isfinite(plain_error), initial=0))
+    error = float(np.abs(got[~odd] - exact[~odd]).max())
+    assert error <= 2 * plain_error + floor, (error, plain_error, floor)
