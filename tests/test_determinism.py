@@ -1,0 +1,61 @@
+"""A row's result depends on its own inputs alone, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import make
+
+from qkv_fast import scaled_dot_product_attention as sdpa
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"window": (40, 7), "query_offset": 30},
+    "all": {"is_causal": True, "softcap": 3.0, "alibi_slopes": 0.1, "query_offset": 50},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_number_of_threads_changes_no_bit(engine, rng, dtype, options):
+    q, k, v = make(rng, (2, 4, 2, 300, 700, 64, 64), dtype)
+    one = sdpa(q, k, v, enable_gqa=True, num_threads=1, **options)
+    for threads in (2, 3, 7):
+        many = sdpa(q, k, v, enable_gqa=True, num_threads=threads, **options)
+        np.testing.assert_array_equal(many, one)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_rest_of_the_batch_changes_no_bit(engine, rng, dtype, options):
+    q, k, v = make(rng, (3, 4, 2, 100, 200, 32, 32), dtype)
+    together = sdpa(q, k, v, enable_gqa=True, **options)
+    for b in range(3):
+        np.testing.assert_array_equal(
+            together[b], sdpa(q[b], k[b], v[b], enable_gqa=True, **options)
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, dtype):
+    if engine.engine == "python":
+        pytest.skip("NumPy's products do not promise this")
+    q, k, v = make(rng, (1, 2, 2, 150, 300, 48, 40), dtype)
+    whole = sdpa(q, k, v, is_causal=True, query_offset=20)
+    for begin, end in [(0, 1), (3, 20), (63, 66), (100, 150), (149, 150)]:
+        part = sdpa(q[:, :, begin:end], k, v, is_causal=True, query_offset=20 + begin)
+        np.testing.assert_array_equal(part, whole[:, :, begin:end])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_skipping_excluded_blocks_changes_no_bit(engine, rng, dtype):
+    """A window by positions, which skips blocks, and the same as a mask, which reads them."""
+    if engine.engine == "python":
+        pytest.skip("NumPy's products do not promise this")
+    q, k, v = make(rng, (1, 2, 2, 100, 500, 32, 32), dtype)
+    position = 250 + np.arange(100)[:, None]
+    j = np.arange(500)
+    mask = (j >= position - 70) & (j <= position + 30)
+    by_window = sdpa(q, k, v, window=(70, 30), query_offset=250)
+    np.testing.assert_array_equal(sdpa(q, k, v, mask), by_window)

@@ -1,0 +1,95 @@
+"""Every refusal: its message, the same from each engine, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qkv_fast
+from qkv_fast import scaled_dot_product_attention as sdpa
+
+Q = np.ones((2, 4, 5, 8), np.float32)
+KV = np.ones((2, 4, 7, 8), np.float32)
+OUT = np.full((2, 4, 5, 8), 77, np.float32)
+
+
+def read_only() -> np.ndarray:
+    out = OUT.copy()
+    out.flags.writeable = False
+    return out
+
+
+REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "float32, float64 and float32", {"key": KV.astype(float)}),
+    (TypeError, "int64, float32 and float32", {"query": Q.astype(int)}),
+    (TypeError, "complex64, float32 and float32", {"query": Q.astype("c8")}),
+    (TypeError, "object, float32 and float32", {"query": Q.astype(object)}),
+    (TypeError, "longdouble|float128", {"query": Q.astype("g")}),
+    (TypeError, "query is a MaskedArray", {"query": np.ma.array(Q)}),
+    (TypeError, "value is a list: pass a NumPy array", {"value": KV.tolist()}),
+    (TypeError, "key is a NoneType", {"key": None}),
+    (ValueError, r"query has shape \(8,\)", {"query": Q[0, 0, 0]}),
+    (ValueError, "key has length 6 on axis -1, but query has 8", {"key": KV[..., :6]}),
+    (ValueError, "query has length 0 on axis -1", {"query": Q[..., :0], "key": KV[..., :0]}),
+    (ValueError, "value has length 3 on axis -2, but key has 7", {"value": KV[:, :, :3]}),
+    (ValueError, "value has length 2 on axis -3, but key has 4", {"value": KV[:, :2]}),
+    (ValueError, "enable_gqa=True", {"key": KV[:, :2], "value": KV[:, :2]}),
+    (ValueError, "multiple", {"key": KV[:, :3], "value": KV[:, :3], "enable_gqa": True}),
+    (ValueError, "batch axes", {"key": KV[:1].repeat(3, 0), "value": KV[:1].repeat(3, 0)}),
+    (ValueError, r"attn_mask has shape \(6, 7\)", {"attn_mask": np.ones((6, 7), bool)}),
+    (ValueError, "attn_mask has shape", {"attn_mask": np.ones((1, 2, 4, 5, 7), bool)}),
+    (TypeError, "attn_mask has dtype int64", {"attn_mask": np.ones((5, 7), int)}),
+    (ValueError, "inference", {"dropout_p": 0.1}),
+    (TypeError, "scale must be a real number, not str", {"scale": "1"}),
+    (TypeError, "scale must be a real number, not complex", {"scale": 1j}),
+    (TypeError, "query_offset must be an int", {"query_offset": 1.5}),
+    (TypeError, "query_offset must be an int", {"query_offset": True}),
+    (ValueError, "query_offset holds", {"query_offset": 2**62}),
+    (ValueError, r"query_offset has shape \(3,\)", {"query_offset": [1, 2, 3]}),
+    (TypeError, "window is 3", {"window": 3}),
+    (TypeError, "window's left side", {"window": (1.5, 0)}),
+    (ValueError, "flash-attn writes as -1", {"window": (-1, -1)}),
+    (ValueError, "softcap", {"softcap": 0}),
+    (ValueError, "softcap", {"softcap": -1.0}),
+    (ValueError, "softcap", {"softcap": np.inf}),
+    (ValueError, "softcap", {"softcap": np.nan}),
+    (ValueError, r"alibi_slopes has shape \(3,\)", {"alibi_slopes": [1.0, 2.0, 3.0]}),
+    (TypeError, "alibi_slopes has dtype complex", {"alibi_slopes": [1j] * 4}),
+    (ValueError, r"sinks has shape \(2,\)", {"sinks": [1.0, 2.0]}),
+    (TypeError, "sinks has dtype", {"sinks": ["a"] * 4}),
+    (ValueError, "key_lengths holds 8: it must be between 0 and 7", {"key_lengths": 8}),
+    (ValueError, "key_lengths holds -1", {"key_lengths": [3, -1]}),
+    (TypeError, "key_lengths must be an int", {"key_lengths": [1.0, 2.0]}),
+    (ValueError, "key_lengths holds", {"key_lengths": np.array([2**64 - 1, 1], np.uint64)}),
+    (TypeError, "num_threads", {"num_threads": 1.0}),
+    (TypeError, "num_threads", {"num_threads": True}),
+    (ValueError, "num_threads is 0", {"num_threads": 0}),
+    (TypeError, "out must be a NumPy array", {"out": OUT.tolist()}),
+    (ValueError, r"out has shape \(2, 4, 5, 7\)", {"out": OUT[..., :7].copy()}),
+    (TypeError, "out has dtype float64", {"out": OUT.astype(float)}),
+    (ValueError, "out is read-only", {"out": read_only()}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), REFUSED)
+def test_refusals(engine, error, message, arguments):
+    out = arguments.get("out", OUT.copy())
+    given = {"query": Q, "key": KV, "value": KV, "out": out} | arguments
+    before = np.array(out)
+    with pytest.raises(error, match=message):
+        sdpa(**given)
+    np.testing.assert_array_equal(out, before)
+
+
+def test_unknown_words_are_refused():
+    for arguments in ({"backend": "cuda"}, {"tiles": "neon"}, {"isa": "sse9"}):
+        with pytest.raises(ValueError, match="must be one of"), qkv_fast.backend(**arguments):
+            pass
+
+
+def test_absurd_sizes_raise_memory_error(native):
+    huge = np.broadcast_to(np.float32(1), (1, 1, 1, 1 << 41))
+    with pytest.raises(MemoryError), qkv_fast.backend("native"):
+        sdpa(huge, huge, np.ones((1, 1, 1, 1), np.float32))
