@@ -1,0 +1,24 @@
+"""What a call costs before any work: float32 (1, 1, 1, 64) against NumPy's three steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bench_attention import numpy_attention
+
+import qkv_fast
+from qkv_fast import _backend
+
+X = np.ones((1, 1, 1, 64), np.float32)
+
+
+@pytest.mark.benchmark(group="overhead")
+def bench_numpy(benchmark):
+    benchmark(numpy_attention, X, X, X, False)
+
+
+@pytest.mark.benchmark(group="overhead")
+@pytest.mark.parametrize("engine", sorted({choice.engine for choice in _backend.available()}))
+def bench_call(benchmark, engine):
+    with qkv_fast.backend(engine):
+        benchmark(qkv_fast.scaled_dot_product_attention, X, X, X)
