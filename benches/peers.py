@@ -217,7 +217,8 @@ def measure(name: str, peers: list[Peer], rounds: int, turn: float, threads: int
             time.sleep(0.06)  # the last one's threads go to sleep
             times[peer.name].append(peer.ask("run", turn)[1])
         time.sleep(0.06)
-        peaks.append(_engine.fma_peak(threads, 0.05))
+        _engine.fma_peak(threads, 0.02)
+        peaks.append(_engine.fma_peak(threads, 0.1))
     print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
     row["peak"] = statistics.median(peaks)
     for peer_name, seconds in times.items():

@@ -15,11 +15,16 @@
  * slow the call alone by 15 %, 50 us slow the pair by 15 %, 200 us by 50 %. */
 #define SPIN_NANOSECONDS 15000
 
+typedef struct { /* a thread's own range of tasks, on a cache line of its own */
+    _Alignas(64) _Atomic ptrdiff_t next;
+    ptrdiff_t end;
+} part;
+
 typedef struct {
     qkv_task task;
     const void *context;
-    ptrdiff_t count;
-    _Atomic ptrdiff_t next;
+    part *parts;
+    int threads;
     atomic_int running; /* workers that have not yet finished with this job */
 } job;
 
@@ -27,8 +32,11 @@ typedef struct worker {
     struct worker *next_idle;
     _Atomic(job *) job;
     int thread; /* its number within the job */
-    int avoids; /* the CPU that it is kept off, or -1 */
     pthread_t id;
+#if defined(__linux__)
+    cpu_set_t cpus; /* where it may run, while `placed` on fewer */
+    int placed;
+#endif
     atomic_int asleep;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -64,11 +72,16 @@ static void pause_briefly(void)
 #endif
 }
 
+/* A thread's own tasks, then what is left of the others'. Neighbouring tasks share inputs, so a
+ * range of them for each thread keeps those in one core's cache. */
 static void take_part(job *j, int thread)
 {
-    ptrdiff_t i;
-    while ((i = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed)) < j->count)
-        j->task(j->context, thread, i);
+    for (int k = 0; k < j->threads; k++) {
+        part *p = &j->parts[(thread + k) % j->threads];
+        ptrdiff_t i;
+        while ((i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < p->end)
+            j->task(j->context, thread, i);
+    }
 }
 
 /* The job that was given, marked as begun; NULL when there is none, or it was called off. */
@@ -76,6 +89,32 @@ static job *claim(worker *self)
 {
     job *j = atomic_load_explicit(&self->job, memory_order_acquire);
     return j && atomic_compare_exchange_strong(&self->job, &j, &begun) ? j : NULL;
+}
+
+/* A sleeping worker is woken on a CPU other than the caller's. Left alone, the scheduler wakes it
+ * behind the caller when a spinning thread of NumPy's BLAS makes the other CPUs look busy, and the
+ * caller then does all the work. Once awake it may go where it likes again. */
+static void wake_elsewhere(worker *w)
+{
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    if (here >= 0 && !sched_getaffinity(0, sizeof w->cpus, &w->cpus)) {
+        cpu_set_t others = w->cpus;
+        CPU_CLR(here, &others);
+        w->placed = CPU_COUNT(&others) && !pthread_setaffinity_np(w->id, sizeof others, &others);
+    }
+#endif
+    pthread_cond_signal(&w->wake);
+}
+
+static void unplace(worker *self)
+{
+#if defined(__linux__)
+    if (self->placed) pthread_setaffinity_np(self->id, sizeof self->cpus, &self->cpus);
+    self->placed = 0;
+#else
+    (void)self;
+#endif
 }
 
 static job *await_job(worker *self)
@@ -90,6 +129,7 @@ static job *await_job(worker *self)
     atomic_store(&self->asleep, 1);
     while (!(j = claim(self))) pthread_cond_wait(&self->wake, &self->mutex);
     atomic_store(&self->asleep, 0);
+    unplace(self);
     pthread_mutex_unlock(&self->mutex);
     return j;
 }
@@ -121,7 +161,6 @@ static worker *start_worker(void)
     worker *w = &workers[worker_count];
     pthread_mutex_init(&w->mutex, NULL);
     pthread_cond_init(&w->wake, NULL);
-    w->avoids = -1;
     /* Signals are for the program's own threads. */
     sigset_t all, before;
     sigfillset(&all);
@@ -134,38 +173,23 @@ static worker *start_worker(void)
     return w;
 }
 
-/* Keep a worker off the caller's CPU, and on the caller's others. Left alone, the scheduler
- * wakes it behind the caller when a spinning thread of NumPy's BLAS makes the other CPUs look
- * busy, and the caller then does all the work. */
-static void place(worker *w)
-{
-#if defined(__linux__)
-    const int here = sched_getcpu();
-    cpu_set_t cpus;
-    if (w->avoids == here || here < 0) return;
-    if (sched_getaffinity(0, sizeof cpus, &cpus)) return; /* more CPUs than a cpu_set_t has */
-    CPU_CLR(here, &cpus);
-    if (CPU_COUNT(&cpus) && !pthread_setaffinity_np(w->id, sizeof cpus, &cpus)) w->avoids = here;
-#else
-    (void)w;
-#endif
-}
-
 static void give(worker *w, job *j)
 {
-    place(w);
     atomic_store(&w->job, j);
     if (atomic_load(&w->asleep)) { /* set under the mutex before it looks at `job` again */
         pthread_mutex_lock(&w->mutex);
-        pthread_cond_signal(&w->wake);
+        wake_elsewhere(w);
         pthread_mutex_unlock(&w->mutex);
     }
 }
 
+static ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
 void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int threads)
 {
-    job j = {.task = task, .context = context, .count = count};
     worker *mine[MAX_WORKERS];
+    part parts[MAX_WORKERS + 1];
+    job j = {.task = task, .context = context, .parts = parts};
     int hired = 0;
     if (threads > MAX_WORKERS + 1) threads = MAX_WORKERS + 1;
     if (threads > 1 && !qkv_forked()) {
@@ -180,6 +204,12 @@ void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int thre
             mine[hired++] = w;
         }
         pthread_mutex_unlock(&idle_mutex);
+    }
+    j.threads = hired + 1;
+    for (int i = 0; i < j.threads; i++) {
+        atomic_store_explicit(&parts[i].next, count / j.threads * i + min(i, count % j.threads),
+                              memory_order_relaxed);
+        parts[i].end = count / j.threads * (i + 1) + min(i + 1, count % j.threads);
     }
     atomic_store(&j.running, hired);
     for (int i = 0; i < hired; i++) give(mine[i], &j);

@@ -12,8 +12,9 @@
 
 typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
 
-/* task(context, thread, i) for 0 <= i < count, each once, in rising order of start, on the calling
- * thread and at most threads - 1 workers; 0 <= thread < threads tells them apart. Returns when
+/* task(context, thread, i) for 0 <= i < count, each once, on the calling thread and at most
+ * threads - 1 workers; 0 <= thread < threads tells them apart. Each starts with a range of its
+ * own, in rising order, and then helps the others. Returns when
  * all are done. In a forked child everything runs on the calling thread. */
 void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int threads);
 

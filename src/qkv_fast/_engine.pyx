@@ -83,7 +83,7 @@ cdef extern from *:
 
 cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
-    MAX_BLOCK_K = 64
+    MAX_BLOCK_K = 128
     MAX_TABLES = 8
     ALIGNMENT = 64
 
@@ -91,8 +91,9 @@ cdef int64_t UNBOUNDED = <int64_t>1 << 62  # _problem.UNBOUNDED
 cdef double LOG2E = 1.4426950408889634074
 cdef double LN2 = 0.69314718055994530942
 
-# Keys of a block: K, V and S of a block stay in a 48 KiB L1 / 1 MiB L2 at head_dim 64 to 256
-# (bench_attention.py); fixed per head size, since a row's sums depend on where blocks begin.
+# Keys of a block. 64 to 128 are alike at head_dim 64 to 256 with a 48 KiB L1, 32 and 256 are 5 %
+# slower; 128 wins at bert-128, one block (bench_attention.py). Fixed for a head size, since a
+# row's sums depend on where blocks begin.
 cdef Py_ssize_t BLOCK_K = MAX_BLOCK_K
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
@@ -267,7 +268,7 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
     Lanes past the last row compute it again, so that they never need a thought of their own.
     """
     cdef int real_bytes = call.kernels.real_bytes
-    cdef Py_ssize_t row, query_head, index
+    cdef Py_ssize_t query_head, index
     cdef int64_t position
     cdef int i
     tile.first_min = tile.last_min = UNBOUNDED
@@ -275,10 +276,9 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
     tile.last_max = -1
     tile.fresh = True
     tile.seen = 0
+    query_head = head.kv_head * call.group + tile.row_begin // call.q_len
+    index = tile.row_begin % call.q_len
     for i in range(tile.lanes):
-        row = tile.row_begin + (i if i < tile.count else tile.count - 1)
-        query_head = head.kv_head * call.group + row // call.q_len
-        index = row % call.q_len
         position = head.offset + index
         tile.position[i] = position
         tile.query_rows[i] = (head.query + query_head * call.query.head
@@ -301,6 +301,11 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
         tile.last_max = max(tile.last_max, tile.last[i])
         set_real(tile.row_max, i, real_bytes, -FLT_MAX if real_bytes == 4 else -DBL_MAX)
         set_real(tile.row_sum, i, real_bytes, 0)
+        if i + 1 < tile.count:
+            index += 1
+            if index == call.q_len:
+                index = 0
+                query_head += 1
     gather_rows(tile.rows, tile.query_rows, tile.lanes, 0, call.head_dim, &call.query,
                 real_bytes, head.gathered)
     call.kernels.pack_rows(tile.Qt, tile.rows, call.head_dim, tile.nvec, call.scale * LOG2E)
@@ -393,16 +398,17 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
 cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:
     """Divide by the sums and write the rows."""
     cdef int real_bytes = call.kernels.real_bytes
-    cdef Py_ssize_t row, query_head
     cdef int i
     if tile.fresh:
         memset(tile.acc, 0, call.v_dim * tile.lanes * real_bytes)
+    cdef Py_ssize_t row = tile.row_begin
+    cdef Py_ssize_t query_head = head.kv_head * call.group
+    # The rows of a KV group are one run of the (batch, query head, query) order of lse.
+    cdef Py_ssize_t lse_index = ((head.batch * call.num_kv_heads * call.group + query_head)
+                                 * call.q_len + row)
     for i in range(tile.count):
-        row = tile.row_begin + i
-        query_head = head.kv_head * call.group + row // call.q_len
-        finish_row(call, tile, i, tile.seen >> i & 1, query_head,
-                   (head.batch * call.num_kv_heads * call.group + query_head) * call.q_len
-                   + row % call.q_len)
+        finish_row(call, tile, i, tile.seen >> i & 1, query_head + (row + i) // call.q_len
+                   if call.sinks != NULL else 0, lse_index + i)
     for i in range(tile.count, tile.lanes):
         set_real(tile.weight, i, real_bytes, 0)
     if call.out.direct:
