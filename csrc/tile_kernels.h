@@ -48,22 +48,18 @@ typedef struct {
                         const void *last);
 
     /* One step of the online softmax. allow may be NULL: every lane sees every key.
-     *     m' = max(m, max_k S[k]);  P[k] = exp2(S[k] - m');  alpha = exp2(m - m')
-     *     l' = l * alpha + sum_k P[k]
-     * An excluded key gets P = -0.0, which no exp2 gives. m starts at the lowest finite real.
-     * Returns whether some lane's maximum grew, so that acc must be multiplied by alpha. */
-    int (*softmax)(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, void *row_max,
-                   void *row_sum, void *alpha);
+     *     m' = max(m, max_k S[k]);  P[k] = exp2(S[k] - m');  decay = exp2(m - m')
+     *     l' = l * decay + sum_k P[k]
+     * An excluded key gets P = -0.0, which no exp2 gives. m starts at the lowest finite real. */
+    void (*softmax)(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, void *row_max,
+                    void *row_sum, void *decay);
 
-    /* acc[d][:] *= alpha[:] */
-    void (*rescale)(void *acc, ptrdiff_t Dv, int nvec, const void *alpha);
-
-    /* acc[d][:] += sum_k V[k][d] * P[k][:]; fresh: acc is overwritten. */
+    /* acc[d][:] = acc[d][:] * decay[:] + sum_k V[k][d] * P[k][:]; decay NULL: acc is overwritten. */
     void (*accumulate)(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, int fresh);
+                       ptrdiff_t Dv, int nvec, const void *decay);
 
-    /* The same for the infinities and NaN in V alone, where an excluded key (P = -0.0) adds
-     * nothing; acc must hold something. The finite elements are left to accumulate. */
+    /* acc[d][:] += sum_k V[k][d] * P[k][:] over the infinities and NaN of V alone, where an excluded
+     * key (P = -0.0) adds nothing. */
     void (*accumulate_odd)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
                            ptrdiff_t nk, ptrdiff_t Dv, int nvec);
 

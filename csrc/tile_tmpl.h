@@ -114,20 +114,16 @@ static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t
     }
 }
 
-/* The register tile of both products: C[r][0..nv) (+)= sum_t A[r][t] * B[t][0..nv), where
- * A[r][t] is a scalar to broadcast at A + r * a_row + t * a_red. `rows` and `nv` are constants
- * where this is inlined, so that the accumulators are registers. */
+/* The register tile of both products: C[r][0..nv) = C * decay + sum_t A[r][t] * B[t][0..nv), where
+ * A[r][t] is a scalar to broadcast at A + r * a_row + t * a_red; no decay: C is overwritten. The
+ * sum begins at 0, so that its rounding errors don't grow with all that C has taken up before.
+ * `rows` and `nv` are constants where this is inlined, so that the accumulators are registers. */
 INLINE void register_tile(const int rows, const int nv, real *C, const real *B, ptrdiff_t ld,
                           const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
-                          ptrdiff_t red, int fresh)
+                          ptrdiff_t red, const real *decay)
 {
     vec c[24];
-    if (fresh) {
-        UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
-    } else {
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < nv; v++) c[r * nv + v] = v_load(C + r * ld + v * LANES);
-    }
+    UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
     for (ptrdiff_t t = 0; t < red; t++) {
         vec b[STRIP];
         UNROLL for (int v = 0; v < nv; v++) b[v] = v_load(B + v * LANES);
@@ -138,17 +134,24 @@ INLINE void register_tile(const int rows, const int nv, real *C, const real *B, 
         A += a_red;
         B += ld;
     }
+    if (decay) {
+        vec factor[STRIP];
+        UNROLL for (int v = 0; v < nv; v++) factor[v] = v_load(decay + v * LANES);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < nv; v++)
+                c[r * nv + v] = v_fma(v_load(C + r * ld + v * LANES), factor[v], c[r * nv + v]);
+    }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < nv; v++) v_store(C + r * ld + v * LANES, c[r * nv + v]);
 }
 
 INLINE void strip_product(const int nv, real *C, const real *B, ptrdiff_t ld, const char *A,
                           const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
-                          ptrdiff_t red, int fresh)
+                          ptrdiff_t red, const real *decay)
 {
 #define TILE(n)                                                                                  \
     do {                                                                                         \
-        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, fresh);                             \
+        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, decay);                             \
         C += (n) * ld, A += (n) * a_row, rows -= (n);                                            \
     } while (0)
     while (rows >= rows_of(nv)) TILE(rows_of(nv));
@@ -159,19 +162,21 @@ INLINE void strip_product(const int nv, real *C, const real *B, ptrdiff_t ld, co
 #undef TILE
 }
 
-/* C[rows][ld] (+)= A[rows][red] * B[red][ld], a strip of at most STRIP vectors at a time. */
+/* C[rows][ld] = C * decay + A[rows][red] * B[red][ld], a strip of at most STRIP vectors at a time. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
-                    const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec, int fresh)
+                    const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
+                    const real *decay)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0; v < nvec; v += STRIP, C += STRIP * LANES, B += STRIP * LANES) {
+        const real *at = decay ? decay + v * LANES : NULL;
         switch (nvec - v) {
-        case 1: strip_product(1, C, B, ld, A, a_row, a_red, rows, red, fresh); break;
+        case 1: strip_product(1, C, B, ld, A, a_row, a_red, rows, red, at); break;
 #if STRIP > 2
-        case 2: strip_product(2, C, B, ld, A, a_row, a_red, rows, red, fresh); break;
-        case 3: strip_product(3, C, B, ld, A, a_row, a_red, rows, red, fresh); break;
+        case 2: strip_product(2, C, B, ld, A, a_row, a_red, rows, red, at); break;
+        case 3: strip_product(3, C, B, ld, A, a_row, a_red, rows, red, at); break;
 #endif
-        default: strip_product(STRIP, C, B, ld, A, a_row, a_red, rows, red, fresh); break;
+        default: strip_product(STRIP, C, B, ld, A, a_row, a_red, rows, red, at); break;
         }
     }
 }
@@ -179,13 +184,13 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
 static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
                    ptrdiff_t D, int nvec)
 {
-    product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, 1);
+    product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL);
 }
 
 static void accumulate(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, int fresh)
+                       ptrdiff_t Dv, int nvec, const void *decay)
 {
-    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, fresh);
+    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, decay);
 }
 
 static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
@@ -314,12 +319,11 @@ static void limit_range(uint64_t *allow, ptrdiff_t nk, int nvec, const void *fir
     }
 }
 
-INLINE int softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
-                         const uint64_t *allow, real *row_max, real *row_sum, real *alpha)
+INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
+                         const uint64_t *allow, real *row_max, real *row_sum, real *decays)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     const vec minus_inf = v_set1(-REAL_INF), minus_zero = v_set1((real)-0.0);
-    int grew = 0;
     for (int v = 0; v < nvec; v++) {
         const int lane = v * LANES;
         const vec before = v_load(row_max + lane);
@@ -356,26 +360,17 @@ INLINE int softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
 #undef EXPONENT
         v_store(row_sum + lane, v_fma(v_load(row_sum + lane), decay, total));
         v_store(row_max + lane, top);
-        v_store(alpha + lane, decay);
-        grew |= v_le_bits(top, before) != ALL_LANES;
+        v_store(decays + lane, decay);
     }
-    return grew;
 }
 
-static int softmax(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, void *row_max,
-                   void *row_sum, void *alpha)
+static void softmax(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, void *row_max,
+                   void *row_sum, void *decay)
 {
-    if (allow) return softmax_block(1, S, nk, nvec, allow, row_max, row_sum, alpha);
-    return softmax_block(0, S, nk, nvec, allow, row_max, row_sum, alpha);
-}
-
-static void rescale(void *acc_, ptrdiff_t Dv, int nvec, const void *alpha_)
-{
-    real *acc = acc_;
-    const real *alpha = alpha_;
-    for (ptrdiff_t d = 0; d < Dv; d++)
-        for (int v = 0; v < nvec; v++, acc += LANES)
-            v_store(acc, v_mul(v_load(acc), v_load(alpha + v * LANES)));
+    if (allow)
+        softmax_block(1, S, nk, nvec, allow, row_max, row_sum, decay);
+    else
+        softmax_block(0, S, nk, nvec, allow, row_max, row_sum, decay);
 }
 
 static double fma_chain(ptrdiff_t n)
@@ -403,7 +398,6 @@ const qkv_tile_kernels QKV_TABLE = {
     .bias = bias,
     .limit_range = limit_range,
     .softmax = softmax,
-    .rescale = rescale,
     .accumulate = accumulate,
     .accumulate_odd = accumulate_odd,
     .all_finite = all_finite,

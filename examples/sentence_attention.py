@@ -82,7 +82,7 @@ class Encoder:
         return [self.tokenizer.id_to_token(i) for i in ids]
 
     def linear(self, x: Array, name: str) -> Array:
-        """x Wᵀ + b."""
+        """X Wᵀ + b."""
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
 
     def norm(self, x: Array, name: str) -> Array:

@@ -19,9 +19,7 @@ sdpa_shapes = {
 }
 
 
-def normal(
-    rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32
-) -> np.ndarray:
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     return rng.standard_normal(shape).astype(dtype)
 
 

@@ -100,9 +100,7 @@ def test_keys_past_key_lengths_are_not_read(engine, rng, lengths):
     clean = check(q, k, v, key_lengths=lengths)
     for b, n in enumerate(np.broadcast_to(lengths, 2)):
         k[b, :, n:] = v[b, :, n:] = np.nan
-    np.testing.assert_array_equal(
-        sdpa(q, k, v, key_lengths=lengths, enable_gqa=True), clean
-    )
+    np.testing.assert_array_equal(sdpa(q, k, v, key_lengths=lengths, enable_gqa=True), clean)
 
 
 MASK_SHAPES = [(), (150,), (70, 150), (70, 1), (2, 1, 1, 150), (2, 4, 70, 150), (4, 1, 150)]

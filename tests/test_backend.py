@@ -17,7 +17,9 @@ import qkv_fast
 from qkv_fast import __main__, _backend, _threads
 from qkv_fast import scaled_dot_product_attention as sdpa
 
-WHICH = "import qkv_fast as q; from qkv_fast._backend import current as c; print(*c(), *c('float64'))"
+WHICH = (
+    "import qkv_fast as q; from qkv_fast._backend import current as c; print(*c(), *c('float64'))"
+)
 
 
 def test_the_environment_chooses(native):
@@ -48,7 +50,10 @@ def test_asking_for_an_isa_that_is_not_there_raises(native, monkeypatch):
             return ("scalar",)
 
     monkeypatch.setattr(_backend, "_native", Weak)
-    with pytest.raises(RuntimeError, match="'avx512' was asked for"), qkv_fast.backend(isa="avx512"):
+    with (
+        pytest.raises(RuntimeError, match="'avx512' was asked for"),
+        qkv_fast.backend(isa="avx512"),
+    ):
         pass
     with qkv_fast.backend("native"):  # no SIMD table: BLAS tiles, unless the ISA was named
         assert _backend.current().tiles == "blas"
@@ -91,7 +96,10 @@ def test_show_config_says_why_there_is_no_extension():
 
 
 def test_importing_loads_neither_scipy_nor_the_engine():
-    modules = "import sys, numpy; import qkv_fast; print([m for m in sys.modules if m.split('.')[0] == 'scipy' or m.endswith('_engine')])"
+    modules = (
+        "import sys, numpy; import qkv_fast; names = [m for m in sys.modules if "
+        "m.split('.')[0] == 'scipy' or m.endswith('_engine')]; print(names)"
+    )
     assert run_python(modules).stdout.strip() == "[]"
 
 
@@ -106,7 +114,10 @@ def test_float32_needs_no_scipy(native):
 
 
 def test_openmp_settings_of_the_environment_are_left_alone(native):
-    code = "import os; before = dict(os.environ); import qkv_fast._backend as b; b._load_native(); print(before == dict(os.environ))"
+    code = (
+        "import os; before = dict(os.environ); import qkv_fast._backend as b\n"
+        "b._load_native(); print(before == dict(os.environ))"
+    )
     assert run_python(code).stdout.strip() == "True"
     assert run_python(code, GOMP_SPINCOUNT="7").stdout.strip() == "True"
 

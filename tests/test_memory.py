@@ -42,7 +42,10 @@ def test_any_layout_gives_the_same_answer(engine, rng, dtype, layout):
     for i in range(3):
         mixed = [layouts(x)[layout] if i == j else x for j, x in enumerate((q, k, v))]
         np.testing.assert_allclose(
-            sdpa(*mixed, is_causal=True), expected, rtol=1e-5, atol=1e-6 if dtype != np.float16 else 1e-3
+            sdpa(*mixed, is_causal=True),
+            expected,
+            rtol=1e-5,
+            atol=1e-6 if dtype != np.float16 else 1e-3,
         )
     for x in (q, k, v):
         x.flags.writeable = False

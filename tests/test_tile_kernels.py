@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("qkv_fast._engine", reason="no native engine")
 
-from tile_tables import Table, address, pointers, tables  # noqa: E402
+from tile_tables import Table, address, pointers, tables
 
 TABLES = tables(4) + tables(8)
 GUARD = 1234.5
@@ -74,12 +74,14 @@ def test_both_products(table, rng):
                 table.scores(address(c), address(b), address(a), a.strides[0], rows, red, nvec)
                 close(table, c, a[:, :red].astype(float) @ b)
                 at = np.ascontiguousarray(a.T)
-                for fresh in (1, 0):
+                decay = rng.random(ld).astype(real(table))
+                for decayed in (False, True):
                     acc = scratch(table, np.full((rows, ld), 2.0))
                     table.accumulate(
-                        address(acc), address(b), address(at), at.strides[0], red, rows, nvec, fresh
-                    )
-                    close(table, acc, at.T[:, :red].astype(float) @ b + (0 if fresh else 2))
+                        address(acc), address(b), address(at), at.strides[0], red, rows, nvec,
+                        address(decay) if decayed else None,
+                    )  # fmt: skip
+                    close(table, acc, at.T[:, :red].astype(float) @ b + 2 * decay * decayed)
 
 
 def test_softmax_is_online(table, rng):
@@ -88,7 +90,7 @@ def test_softmax_is_online(table, rng):
         ld = nvec * table.lanes
         for nk in SIZES:
             top = np.full(ld, tiny, real(table))
-            total, alpha = np.zeros(ld, real(table)), np.zeros(ld, real(table))
+            total, decay = np.zeros(ld, real(table)), np.zeros(ld, real(table))
             blocks = rng.standard_normal((3, nk, ld)) * 30
             seen = []
             for block, limited in zip(blocks, (False, True, True), strict=True):
@@ -101,14 +103,18 @@ def test_softmax_is_online(table, rng):
                     )
                 s = scratch(table, block)
                 before = top.copy()
-                grew = table.softmax(
+                table.softmax(
                     address(s), nk, nvec, address(allow) if limited else None,
-                    address(top), address(total), address(alpha),
+                    address(top), address(total), address(decay),
                 )  # fmt: skip
                 seen.append(np.where(bits, block.astype(real(table)).astype(float), -np.inf))
                 exact = np.max(seen, axis=(0, 1), initial=tiny)
                 np.testing.assert_array_equal(top, exact.astype(real(table)))
-                assert bool(grew) == (top > before).any()
+                with np.errstate(over="ignore"):
+                    shrunk = np.exp2((before - top).astype(float))
+                np.testing.assert_allclose(
+                    decay, shrunk, rtol=20 * np.finfo(real(table)).eps, atol=1e-37
+                )
                 assert (np.signbit(s[:-1]) == ~bits).all()  # -0.0 marks what is excluded
                 with np.errstate(all="ignore"):
                     p = np.exp2(np.where(bits, block.astype(real(table)) - exact, -np.inf))
@@ -152,9 +158,7 @@ def test_bias_and_range(table, rng):
             for shared in (0, 1):
                 allow = np.full(nk, 2**64 - 1, np.uint64)
                 out = scratch(table, s)
-                table.bias(
-                    address(out), nk, nvec, address(pointers(rows)), shared, address(allow)
-                )
+                table.bias(address(out), nk, nvec, address(pointers(rows)), shared, address(allow))
                 b = (rows[:1] if shared else rows).T
                 bits = (allow[:, None] >> lane & np.uint64(1)).astype(bool)
                 np.testing.assert_array_equal(bits, np.broadcast_to(b > -np.inf, bits.shape))
@@ -184,12 +188,3 @@ def test_what_is_not_finite(table, rng):
             expected = np.ones((d, ld))
             expected[d - 1, 1::2] += bad
             close(table, acc, expected)
-
-
-def test_rescale(table, rng):
-    for nvec in widths(table):
-        acc = rng.standard_normal((9, nvec * table.lanes)).astype(real(table))
-        alpha = rng.random(nvec * table.lanes).astype(real(table))
-        out = scratch(table, acc)
-        table.rescale(address(out), 9, nvec, address(alpha))
-        close(table, out, acc * alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import json
 import os
 import warnings
@@ -185,11 +186,9 @@ def _load_native() -> ModuleType | None:
     if _native is None and not _native_error:
         try:
             with _short_spin():
-                from . import _engine
+                _native = importlib.import_module("qkv_fast._engine")
         except ImportError as error:
             _native_error = build_facts().get("reason") or str(error)
-        else:
-            _native = _engine
     return _native
 
 

@@ -4,7 +4,7 @@ BLAS is column-major: an array X[r][c] in C is X^T there, so S[k][i] = sum_d K[k
 reads S = Qt K with Qt (tile x D), K (D x keys), and needs no packing:
 
     scores      S    = gemm('N', 'N', tile, keys, D;    Qt, K)
-    accumulate  acc += gemm('N', 'T', tile, Dv, keys;   P, V)
+    accumulate  acc  = acc decay + gemm('N', 'T', tile, Dv, keys;   P, V)
 
 A module of its own, since importing scipy's takes a quarter of a second.
 """
@@ -20,10 +20,14 @@ cdef enum:
     TILE = 64   # rows of a BLAS tile: MAX_LANES of _engine.pyx
 
 
+ctypedef fused real:
+    float
+    double
+
 ctypedef void (*scores_t)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                           int) noexcept nogil
 ctypedef void (*accumulate_t)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
-                              Py_ssize_t, int, int) noexcept nogil
+                              Py_ssize_t, int, const void *) noexcept nogil
 
 
 cdef void gemm(int wide, char transposed, int m, int n, int k, const char *a, int lda,
@@ -75,15 +79,33 @@ cdef void scores_f64(void *S, const void *Qt, const char *K, Py_ssize_t k_stride
 
 
 cdef void accumulate_f32(void *acc, const void *P, const char *V, Py_ssize_t v_stride,
-                         Py_ssize_t nk, Py_ssize_t Dv, int nvec, int fresh) noexcept nogil:
+                         Py_ssize_t nk, Py_ssize_t Dv, int nvec,
+                         const void *decay) noexcept nogil:
+    if decay != NULL:
+        rescale(<float *>acc, Dv, <const float *>decay)
     product(0, True, Dv, nk, <char *>acc, <const char *>P, V, 4, v_stride,
-            max(v_stride // 4, 1), fresh)
+            max(v_stride // 4, 1), decay == NULL)
 
 
 cdef void accumulate_f64(void *acc, const void *P, const char *V, Py_ssize_t v_stride,
-                         Py_ssize_t nk, Py_ssize_t Dv, int nvec, int fresh) noexcept nogil:
+                         Py_ssize_t nk, Py_ssize_t Dv, int nvec,
+                         const void *decay) noexcept nogil:
+    if decay != NULL:
+        rescale(<double *>acc, Dv, <const double *>decay)
     product(1, True, Dv, nk, <char *>acc, <const char *>P, V, 8, v_stride,
-            max(v_stride // 8, 1), fresh)
+            max(v_stride // 8, 1), decay == NULL)
+
+
+cdef void rescale(real *acc, Py_ssize_t rows, const real *decay) noexcept nogil:
+    """acc[d][i] *= decay[i], where some decay is not 1."""
+    cdef Py_ssize_t d, i
+    cdef bint decays = False
+    for i in range(TILE):
+        decays |= decay[i] != 1
+    if decays:
+        for d in range(rows):
+            for i in range(TILE):
+                acc[d * TILE + i] *= decay[i]
 
 
 def install(size_t scores, size_t accumulate, bint wide):

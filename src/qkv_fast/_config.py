@@ -69,10 +69,9 @@ def _facts() -> dict[str, str]:
     if reason:
         facts["native engine"] = f"not available: {reason}"
     else:
-        from . import _engine
-
-        info = _engine.info()
-        facts["isas available"] = ", ".join(_engine.isas())
+        native = _backend._native_module()
+        info = native.info()
+        facts["isas available"] = ", ".join(native.isas())
         facts["threading"] = info["threading"]
         facts["compiler"] = info["compiler"]
     if build.get("compiler"):

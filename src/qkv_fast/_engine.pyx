@@ -3,7 +3,7 @@
 A tile is up to `tile_q` rows, each a (query head of one KV group, query position) pair; a task
 is one tile, or a few neighbours that share the keys they read. For each key block, each tile:
 
-    S = K Qt;  softcap, ALiBi, bias;  m' = max(m, S);  P = exp2(S - m');  acc = acc 2^(m - m') + V^T P
+    S = K Qt;  softcap, ALiBi, bias;  m' = max(m, S);  P = exp2(S - m');  acc = acc 2^(m - m') + Vᵀ P
 
 The same nest serves float32 and float64, SIMD and BLAS tiles: only the table differs.
 """
@@ -34,11 +34,10 @@ cdef extern from "tile_kernels.h" nogil:
         void (*alibi)(void *, Py_ssize_t, int, const void *, const void *) noexcept nogil
         void (*bias)(void *, Py_ssize_t, int, const char **, int, uint64_t *) noexcept nogil
         void (*limit_range)(uint64_t *, Py_ssize_t, int, const void *, const void *) noexcept nogil
-        int (*softmax)(void *, Py_ssize_t, int, const uint64_t *, void *, void *,
-                       void *) noexcept nogil
-        void (*rescale)(void *, Py_ssize_t, int, const void *) noexcept nogil
+        void (*softmax)(void *, Py_ssize_t, int, const uint64_t *, void *, void *,
+                        void *) noexcept nogil
         void (*accumulate)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                           int, int) noexcept nogil
+                           int, const void *) noexcept nogil
         void (*accumulate_odd)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
                                Py_ssize_t, int) noexcept nogil
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
@@ -171,7 +170,7 @@ cdef struct Tile:
     int64_t position[MAX_LANES]
     double row_max[MAX_LANES]           # from here on: reals of the call's size
     double row_sum[MAX_LANES]
-    double alpha[MAX_LANES]
+    double decay[MAX_LANES]
     double weight[MAX_LANES]
     double slope[MAX_LANES]
     double range_first[MAX_LANES]
@@ -378,21 +377,21 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
             tile.seen |= tile.allow[k]
     else:
         tile.seen = ~<uint64_t>0
-    cdef bint grew = kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL,
-                                     tile.row_max, tile.row_sum, tile.alpha)
-    if grew and not tile.fresh:
-        kernels.rescale(tile.acc, call.v_dim, tile.nvec, tile.alpha)
-    block = rows_for_kernel(call, &call.value, head.value + begin * call.value.row, nk, call.v_dim,
-                            head.gathered, &stride)
-    if partial and not kernels.all_finite(block, stride, nk, call.v_dim):
-        # 0 * inf is NaN: what is not finite goes to the rows that may see it, and out of the block.
-        if tile.fresh:
-            memset(tile.acc, 0, call.v_dim * tile.lanes * kernels.real_bytes)
-            tile.fresh = False
-        kernels.accumulate_odd(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec)
-        block = clean_rows(call, head, block, nk, &stride)
-    kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, tile.fresh)
+    kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.row_max,
+                    tile.row_sum, tile.decay)
+    cdef const void *decay = NULL if tile.fresh else tile.decay
     tile.fresh = False
+    cdef const char *values = head.value + begin * call.value.row
+    block = rows_for_kernel(call, &call.value, values, nk, call.v_dim, head.gathered, &stride)
+    if not partial or kernels.all_finite(block, stride, nk, call.v_dim):
+        kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, decay)
+        return
+    # 0 * inf is NaN: what is not finite is kept out of the product, and goes to the rows that may
+    # see it afterwards.
+    block = clean_rows(call, head, block, nk, &stride)
+    kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, decay)
+    block = rows_for_kernel(call, &call.value, values, nk, call.v_dim, head.gathered, &stride)
+    kernels.accumulate_odd(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec)
 
 
 cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:

@@ -387,9 +387,7 @@ def _window_side(name: str, given: Any) -> int:
     try:
         side = operator.index(given)
     except TypeError:
-        raise TypeError(
-            f"window's {name} side is {given!r}: it must be an int or None"
-        ) from None
+        raise TypeError(f"window's {name} side is {given!r}: it must be an int or None") from None
     if side < 0:
         raise ValueError(
             f"window's {name} side is {side}: it must be at least 0, or None for no bound "

@@ -120,7 +120,9 @@ def _find_default() -> tuple[int, str]:
     return max(1, cpus), what
 
 
-def cgroup_quota(mount: Path = _MOUNT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+def cgroup_quota(
+    mount: Path = _MOUNT, membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
     """Return the CPUs' worth of time that the process' cgroups grant, or None when unlimited."""
     try:
         lines = membership.read_text().splitlines()
