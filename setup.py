@@ -21,7 +21,7 @@ OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
 def extensions():
     # No -march and no -ffast-math: an ISA's flags are in its own csrc/isa file, and flags that
     # change arithmetic would hold for the whole interpreter.
-    flags = ["-O3", "-std=gnu11", "-fvisibility=hidden"] + ["-fopenmp"] * OPENMP
+    flags = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden"] + ["-fopenmp"] * OPENMP
     return [
         Extension(
             f"{PACKAGE}._engine",
