@@ -21,6 +21,9 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+if _backend.why_not_native():  # test_backend.py sees that warning, in processes of its own
+    _backend._warned = True
+
 ALL = [_backend.Choice("python")]
 ALL += [_backend.Choice("native", "simd", isa) for isa in _backend.ISAS[1:]]
 ALL += [_backend.Choice("native", "blas", isa) for isa in _backend.ISAS[1:]]
