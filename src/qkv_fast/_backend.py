@@ -13,7 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from ._problem import Problem
 
 ENGINES = ("auto", "native", "python")
@@ -94,9 +98,9 @@ def dispatch(problem: Problem) -> None:
     runner(problem)
 
 
-def current(dtype: object = "float32") -> Choice:
+def current(dtype: npt.DTypeLike = "float32") -> Choice:
     """Return what a call with this dtype would use here and now."""
-    return resolve(_wish.get(), wide=str(dtype) == "float64")
+    return resolve(_wish.get(), wide=np.dtype(dtype).num == np.dtype(np.float64).num)
 
 
 def available() -> list[Choice]:

@@ -155,6 +155,8 @@ def normalize(
     value_heads, value_len, v_dim = value.shape[-3:]
     if key_dim != head_dim or head_dim == 0 or value_len != kv_len or value_heads != num_kv_heads:
         _refuse_sizes(query, key, value)
+    if enable_gqa is not False:
+        enable_gqa = _flag("enable_gqa", enable_gqa)
     if num_heads != num_kv_heads:
         _check_groups(num_heads, num_kv_heads, enable_gqa)
     p.query, p.key, p.value = query, key, value
@@ -164,12 +166,12 @@ def normalize(
     p.mask_code = -1
     if attn_mask is not None:
         _set_mask(p, attn_mask, (*heads_shape, q_len, kv_len))
-    if dropout_p != 0.0:
+    if (type(dropout_p) is not float or dropout_p) and _number("dropout_p", dropout_p) != 0.0:
         raise ValueError(
             f"dropout_p is {dropout_p!r}: it must be 0.0, since this op is for inference"
         )
     p.left = p.right = UNBOUNDED
-    if is_causal:
+    if is_causal is not False and _flag("is_causal", is_causal):
         p.right = 0
     p.scale = 1.0 / math.sqrt(head_dim) if scale is None else _number("scale", scale)
     p.query_offset = None
@@ -202,9 +204,10 @@ def normalize(
     p.num_threads = (
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
     )
+    wants_lse = return_lse is not False and _flag("return_lse", return_lse)
     _set_output(p, out, (*heads_shape, q_len, v_dim), dtype, axes)
     p.lse = p.lse_result = None
-    if return_lse:
+    if wants_lse:
         lse_dtype = np.float64 if p.out_code == FLOAT64 else np.float32
         p.lse = np.empty((*heads_shape, q_len), lse_dtype)
         p.lse_result = p.lse if axes > 2 else p.lse[0]
@@ -339,6 +342,22 @@ def _broadcast_to(name: str, array: Array, shape: tuple[int, ...], meaning: str)
         ) from None
 
 
+def _flag(name: str, given: Any) -> bool:
+    if not isinstance(given, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, not {type(given).__name__}")
+    return bool(given)
+
+
+def _plain(name: str, given: Any) -> Array:
+    """Return an array of what was given, as an array, a number or in lists."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a MaskedArray, whose mask would be lost: pass its data")
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name} is {given!r}: its rows differ in length") from None
+
+
 def _number(name: str, given: Any) -> float:
     try:
         if isinstance(given, str | bytes | bytearray):
@@ -350,7 +369,7 @@ def _number(name: str, given: Any) -> float:
 
 def _reals(name: str, given: Any) -> Array:
     """Return a float64 array of the real numbers that were given, as an array or in lists."""
-    array = np.asarray(given)
+    array = _plain(name, given)
     if array.dtype.kind not in "fiu" and _code(array.dtype) != BFLOAT16:
         raise TypeError(f"{name} has dtype {array.dtype}: real numbers are needed")
     return array.astype(np.float64)
@@ -358,7 +377,9 @@ def _reals(name: str, given: Any) -> Array:
 
 def _per_batch(name: str, given: Any, batch: tuple[int, ...], least: int, most: int) -> Array:
     """Return an int64 array of shape `batch`, its elements between least and most."""
-    array = np.asarray(given)
+    if isinstance(given, int) and not least <= given <= most:  # before it may overflow int64
+        raise ValueError(f"{name} holds {given}: it must be between {least} and {most}")
+    array = _plain(name, given)
     if array.dtype.kind not in "iu" and not (array.size == 0 and isinstance(given, list | tuple)):
         kind = type(given).__name__ if array.ndim == 0 else f"array of {array.dtype}"
         raise TypeError(f"{name} must be an int, or ints for each batch entry, not {kind}")

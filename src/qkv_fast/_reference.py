@@ -19,8 +19,11 @@ from ._problem import FLOAT64, UNBOUNDED, Problem
 Array = npt.NDArray[Any]
 
 # Scores held at a time: 2 MiB of float32. Each batch entry goes alone, so that its result does
-# not depend on the others.
+# not depend on the others. A block takes fewer heads before it takes fewer rows than BLOCK_ROWS:
+# the products of a few rows with many keys are slow, and read all keys again for each block.
 BLOCK_SCORES = 1 << 19
+BLOCK_ROWS = 64
+BLOCK_KEYS = 4096  # converted at a time, where the inputs are of another type than the scores
 
 
 def run(problem: Problem) -> None:
@@ -36,7 +39,7 @@ def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
     if num_heads == 0:
         return
     group = num_heads // num_kv_heads
-    heads_at_once = max(1, BLOCK_SCORES // max(1, group * kv_len))
+    heads_at_once = max(1, BLOCK_SCORES // max(1, group * kv_len * min(q_len, BLOCK_ROWS)))
     rows_at_once = max(1, BLOCK_SCORES // max(1, min(heads_at_once, num_kv_heads) * group * kv_len))
     for kv_head in range(0, num_kv_heads, heads_at_once):
         kv_heads = slice(kv_head, min(kv_head + heads_at_once, num_kv_heads))
@@ -55,9 +58,12 @@ def _run_block(
     query = p.query[index][heads, rows].astype(real)
     shape = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
     stacked = query.reshape(shape[0], shape[1] * shape[2], -1)
-    key = p.key[index][kv_heads, keys].astype(real, copy=False)
-    value = p.value[index][kv_heads, keys].astype(real, copy=False)
-    scores = (stacked @ key.swapaxes(-1, -2)).reshape(*shape, -1) * real(p.scale)
+    key, value = p.key[index][kv_heads, keys], p.value[index][kv_heads, keys]
+    scores = np.empty((*stacked.shape[:2], key.shape[1]), real)
+    for some in _key_blocks(key, real):
+        scores[..., some] = stacked @ key[:, some].astype(real, copy=False).swapaxes(-1, -2)
+    scores = scores.reshape(*shape, -1)
+    scores *= real(p.scale)
 
     if p.softcap:
         scores = real(p.softcap) * np.tanh(scores / real(p.softcap))
@@ -82,7 +88,10 @@ def _run_block(
     weights = np.exp(scores - row_max)
     row_sum = weights.sum(axis=-1, keepdims=True)
     seen = allowed.any(axis=-1, keepdims=True)
-    acc = _mix(weights, value, allowed)
+    acc = np.zeros((*shape, value.shape[-1]), real)
+    for some in _key_blocks(value, real):
+        part = value[:, some].astype(real, copy=False)
+        acc += _mix(weights[..., some], part, allowed[..., some])
     if p.sinks is None:
         result = acc / row_sum
     else:
@@ -110,17 +119,27 @@ def _reach(p: Problem, index: tuple[int, ...], rows: slice) -> tuple[Array, slic
     return np.arange(offset + rows.start, offset + rows.stop), slice(start, stop)
 
 
+def _key_blocks(array: Array, real: npt.DTypeLike) -> list[slice]:
+    """Return the slices of keys to work on: all at once, unless they have to be converted."""
+    kv_len = array.shape[1]
+    step = kv_len if array.dtype == real else BLOCK_KEYS
+    return [slice(start, start + step) for start in range(0, kv_len, max(1, step))]
+
+
 def _mix(weights: Array, value: Array, allowed: Array) -> Array:
     """Return weights @ value, where an excluded key adds nothing even if its value is not finite.
 
     weights and allowed are (kv heads, group, rows, keys), value is (kv heads, keys, Dv).
     """
+    shape = weights.shape
+    stacked = weights.reshape(shape[0], shape[1] * shape[2], shape[3])
+    acc_shape = (*shape[:3], value.shape[-1])
+    if allowed.all():
+        return (stacked @ value).reshape(acc_shape)
     finite = np.isfinite(value)
     odd_keys = np.flatnonzero(~finite.all(axis=(0, 2)))
     clean = np.where(finite, value, 0) if odd_keys.size else value
-    shape = weights.shape
-    acc = weights.reshape(shape[0], shape[1] * shape[2], shape[3]) @ clean
-    acc = acc.reshape(*shape[:3], value.shape[-1])
+    acc = (stacked @ clean).reshape(acc_shape)
     for key in odd_keys:
         odd = np.where(finite[:, key], 0, value[:, key])[:, np.newaxis, np.newaxis]
         added = weights[..., key, np.newaxis] * odd
