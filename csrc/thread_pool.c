@@ -12,8 +12,8 @@
 /* How long an idle worker spins before it sleeps: long enough for the next call of a loop, short
  * enough not to stand in the way of the BLAS threads of the product that follows. Tuned on
  * benches/bench_interplay.py (a 256 x 256 product and a 1,12,128,64 call in turn): 0 us slows the
- * call alone by 15 %; 15 us is no better than 8 alone and up to 10 % slower in the pair; 50 us
- * slows the pair by 15 %, 200 us by 50 %. */
+ * call alone by 15 %, 50 us slows the pair by 10 %, 200 us by 45 %. Between 4 and 15 us the
+ * machine's drift was larger than any difference. */
 #define SPIN_NANOSECONDS 8000
 
 typedef struct { /* a thread's own range of tasks, on a cache line of its own */
