@@ -14,16 +14,14 @@ enum { QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_SWAPPE
 void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdiff_t stride,
                   int type);
 
-/* Infinities and NaN of row[0..n) become 0. */
-void qkv_clear_odd(void *row, int real_bytes, ptrdiff_t n);
+/* row[0..n) = the 16-bit elements at src, as they are but in native byte order. */
+void qkv_copy_row16(void *row, const char *src, ptrdiff_t n, ptrdiff_t stride, int type);
+
+/* Infinities and NaN of row[0..n) become 0; float32, float64 or bfloat16. */
+void qkv_clear_odd(void *row, int type, ptrdiff_t n);
 
 /* The n elements at dst = row[0..n), rounded to nearest even; never byte-swapped. */
 void qkv_write_row(char *dst, const void *row, int real_bytes, ptrdiff_t n, ptrdiff_t stride,
                    int type);
-
-/* Bit i of allow[k] stays set only when rows[i][k] is true, for i < lanes (a multiple of 4, at
- * most 64) and k < nk; `stride` bytes between keys. */
-void qkv_limit_mask(uint64_t *allow, ptrdiff_t nk, int lanes, const char *const *rows,
-                    ptrdiff_t stride);
 
 #endif

@@ -2,17 +2,22 @@
  *
  * A tile is up to `tile_q` query rows, one per vector lane; a kernel works on `nvec` vectors of
  * `lanes` of them, so every scratch matrix is [rows][ld] with ld = nvec * lanes, aligned to 64
- * bytes. "real" is float or double; the table says which. Scores live in units of log2: the
- * queries are packed with scale * log2(e) multiplied in, so that the softmax is an exp2.
+ * bytes. "real" is float or double; the table says which. An "operand" is an element of what the
+ * products multiply: a real, or bfloat16 with sums in float.
  *
- *     Qt    [D][ld]    packed queries
- *     S     [nk][ld]   scores of one key block, later its probabilities
- *     acc   [Dv][ld]   output accumulator
+ *     Qt    [D][ld]    packed queries, operands
+ *     S     [nk][ld]   scores of one key block, reals; then in place its probabilities P, operands
+ *     acc   [Dv][ld]   output accumulator, reals
  *     allow [nk]       bit i of allow[k]: may lane i attend to key k
+ *     span  [nvec]     vector v needs keys [begin, end) only; NULL: all of them
  *
- * K and V stay in the caller's memory: unit stride along their last axis, any stride in bytes
- * (negative and zero too) between rows, any alignment. A lane's result never depends on the
- * other lanes nor on nvec. Kernels do not allocate, call libm or know of threads. */
+ * bfloat16 operands lie in pairs along the reduced axis: Qt is [D / 2][ld][2], P is [nk / 2][ld][2].
+ * Reduced axes are padded with zeros to a multiple of depth_step, the other axis of K and V (what
+ * gives S and acc their rows) to a multiple of row_step; both are 1 for reals.
+ *
+ * K, and V where pack_values is NULL, stay in the caller's memory: unit stride along their last axis,
+ * any stride in bytes (negative and zero too) between rows, any alignment. A lane's result never
+ * depends on the other lanes nor on nvec. Kernels do not allocate, call libm or know of threads. */
 #ifndef QKV_TILE_KERNELS_H
 #define QKV_TILE_KERNELS_H
 
@@ -20,17 +25,36 @@
 #include <stdint.h>
 
 typedef struct {
+    int begin, end;
+} qkv_span;
+
+typedef struct {
     const char *isa;
     int real_bytes; /* 4: float, 8: double */
+    int operand;    /* QKV_FLOAT32, QKV_FLOAT64 or QKV_BFLOAT16 of convert.h */
     int lanes;      /* reals in a vector */
     int tile_q;     /* most query rows of a tile; a multiple of lanes, at most 64 */
+    int depth_step, row_step;
 
-    /* Qt[d][i] = mult * rows[i][d] for i < nvec * lanes; every row pointer must be readable. */
+    /* Around all other calls of a task, on its thread; may be NULL. */
+    void (*enter)(void);
+    void (*leave)(void);
+
+    /* Qt[d][i] = mult * rows[i][d] for i < nvec * lanes; every row pointer must be readable.
+     * bfloat16: mult is 1 or -1. */
     void (*pack_rows)(void *Qt, const char *const *rows, ptrdiff_t D, int nvec, double mult);
 
-    /* S[k][:] = sum_d K[k][d] * Qt[d][:] */
+    /* Vt[d][k] = V[k][d], rows of packed_stride bytes: V as accumulate wants it, for all tiles of
+     * a task. Both axes padded to 32 with zeros. NULL: accumulate takes V itself. */
+    void (*pack_values)(void *Vt, ptrdiff_t packed_stride, const char *V, ptrdiff_t v_stride,
+                        ptrdiff_t nk, ptrdiff_t Dv);
+
+    /* S[k][:] = sum_d K[k][d] * Qt[d][:], at least inside the span. */
     void (*scores)(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec);
+                   ptrdiff_t D, int nvec, const qkv_span *span);
+
+    /* S *= c */
+    void (*scale)(void *S, ptrdiff_t nk, int nvec, double c);
 
     /* S = c * tanh(S / c), c in natural units while S is in log2 units. */
     void (*softcap)(void *S, ptrdiff_t nk, int nvec, double c);
@@ -47,19 +71,24 @@ typedef struct {
     void (*limit_range)(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first,
                         const void *last);
 
-    /* One step of the online softmax. allow may be NULL: every lane sees every key.
-     *     m' = max(m, max_k S[k]);  P[k] = exp2(S[k] - m');  decay = exp2(m - m')
+    /* bit i of allow[k] stays set only when rows[i][k] is true; `stride` bytes between keys. */
+    void (*limit_mask)(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
+                       ptrdiff_t stride);
+
+    /* One step of the online softmax. allow may be NULL (every lane sees every key, all is needed).
+     *     m' = max(m, max_k factor * S[k]);  P[k] = exp2(factor * S[k] - m');  decay = exp2(m - m')
      *     l' = l * decay + sum_k P[k]
      * An excluded key gets P = -0.0, which no exp2 gives. m starts at the lowest finite real. */
-    void (*softmax)(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, void *row_max,
-                    void *row_sum, void *decay);
+    void (*softmax)(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, const qkv_span *span,
+                    double factor, void *row_max, void *row_sum, void *decay);
 
-    /* acc[d][:] = acc[d][:] * decay[:] + sum_k V[k][d] * P[k][:]; decay NULL: acc is overwritten. */
+    /* acc[d][:] = acc[d][:] * decay[:] + sum_k V[k][d] * P[k][:]; decay NULL: acc is overwritten.
+     * V is what pack_values made, if it is there. */
     void (*accumulate)(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, const void *decay);
+                       ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span);
 
-    /* acc[d][:] += sum_k V[k][d] * P[k][:] over the infinities and NaN of V alone, where an excluded
-     * key (P = -0.0) adds nothing. */
+    /* acc[d][:] += sum_k V[k][d] * P[k][:] over the infinities and NaN of V alone (never packed),
+     * where an excluded key (P = -0.0) adds nothing. */
     void (*accumulate_odd)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
                            ptrdiff_t nk, ptrdiff_t Dv, int nvec);
 
@@ -70,8 +99,13 @@ typedef struct {
     void (*store_rows)(char *const *rows, int n, const void *acc, ptrdiff_t Dv, int nvec,
                        const void *weight);
 
-    /* 2 * 24 * lanes * n floating-point operations in registers, to measure the FMA peak. */
+    /* Between n elements of a 16-bit type and floats, both of unit stride; NULL for double. */
+    void (*widen)(void *row, const char *src, ptrdiff_t n, int type);
+    void (*narrow)(char *dst, const void *row, ptrdiff_t n, int type);
+
+    /* n rounds of multiply-adds in registers, fma_chain_flop operations each: the speed limit. */
     double (*fma_chain)(ptrdiff_t n);
+    int fma_chain_flop;
 } qkv_tile_kernels;
 
 #if defined(__GNUC__)
@@ -80,10 +114,15 @@ typedef struct {
 #define QKV_EXPORT
 #endif
 
-/* The tables in this build, weakest first, for real_bytes 4 or 8; NULL past the end. */
-QKV_EXPORT const qkv_tile_kernels *qkv_tile_table(int index, int real_bytes);
+/* The tables in this build, weakest ISA first: that ISA's table for an operand type (NULL where it
+ * has none of its own), and the ISA's name (NULL past the end). */
+QKV_EXPORT const qkv_tile_kernels *qkv_tile_table(int index, int operand);
+QKV_EXPORT const char *qkv_isa_name(int index);
 
-/* Whether this CPU and operating system can execute the table with that index. */
-QKV_EXPORT int qkv_tile_table_runs(int index);
+/* Whether this CPU and operating system can execute the tables with that index. */
+QKV_EXPORT int qkv_isa_runs(int index);
+
+/* Whether they are also faster than those before them. */
+QKV_EXPORT int qkv_isa_pays(int index);
 
 #endif

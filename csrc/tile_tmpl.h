@@ -1,6 +1,9 @@
 /* The tile kernels, written once. Include after a simd/ header, which defines `real`, `vec`,
  * LANES, STRIP (vectors in a register tile) and rows_of(nv), the rows that fill the registers;
- * QKV_TABLE names the table that is exported, QKV_ISA its ISA. Formulas: tile_kernels.h. */
+ * QKV_TABLE names the table that is exported, QKV_ISA its ISA, QKV_PAIRS that operands are bfloat16,
+ * QKV_MATRIX_UNIT that a matrix unit multiplies them. Formulas: tile_kernels.h. */
+#include "convert.h"
+#include "elements.h"
 #include "tile_kernels.h"
 
 #include <string.h>
@@ -20,16 +23,16 @@ INLINE real load_real(const char *p)
     return x;
 }
 
-/* n reals, n <= LANES, without touching what lies behind them; the rest is zero. */
-INLINE vec load_part(const char *p, ptrdiff_t n)
+/* `bytes` of a vector, without touching what lies behind them; the rest is zero. */
+INLINE vec load_part(const char *p, ptrdiff_t bytes)
 {
     real part[LANES] = {0};
-    memcpy(part, p, (size_t)n * sizeof(real));
+    memcpy(part, p, (size_t)bytes);
     return v_load(part);
 }
 
 /* (2^x - 1) / x for |x| <= 1/2, a minimax polynomial: the relative error of 1 + x * it against
- * 2^x is 2e-9 in float and 4e-18 in double. */
+ * 2^x is 2e-9 in float and 4e-18 in double. For tanh, which needs precision on both sides of 0. */
 INLINE vec exp2_slope(vec x)
 {
 #if REAL_BITS == 32
@@ -55,36 +58,58 @@ INLINE vec exp2_slope(vec x)
 }
 
 /* 2^x for x <= 0; results below the smallest normal number are 0 (subnormals are slow, and no
- * more than rounding beside the row's largest weight, 1); NaN stays NaN. */
-INLINE vec exp2_nonpositive(vec x)
+ * more than rounding beside the row's largest weight, 1); NaN stays NaN. With x = n + f, n the floor,
+ * 2^f = 1 + f * g(f) for a minimax polynomial g: relative error 2e-9 in float, 3e-18 in double. A
+ * rough one, 9e-5, is enough where the result is rounded to bfloat16's 4e-3. */
+INLINE vec exp2_nonpositive(vec x, const int rough)
 {
     vec n;
-    const vec f = v_split(x, &n);
-    const vec p = v_ldexp(v_fma(exp2_slope(f), f, v_set1(1)), n);
-    return v_zero_where_less(x, v_set1(REAL_MIN_EXP), p);
+    const vec f = v_fraction(x, &n);
+#if REAL_BITS == 32
+    vec g = v_set1(rough ? 0.077067041337628180067f : 0.00021612910951221658911f);
+    if (!rough) {
+        g = v_fma(g, f, v_set1(0.0012467847551207965361f));
+        g = v_fma(g, f, v_set1(0.0096754514550593455974f));
+        g = v_fma(g, f, v_set1(0.055485280669814803464f));
+    }
+    g = v_fma(g, f, v_set1(rough ? 0.22764499247006594054f : 0.24022930554164043771f));
+    g = v_fma(g, f, v_set1(rough ? 0.6951167859196243533f : 0.69314704444416419636f));
+#else
+    vec g = v_set1(6.2634646009761470802e-10);
+    (void)rough;
+    g = v_fma(g, f, v_set1(6.5595301896210069816e-9));
+    g = v_fma(g, f, v_set1(1.0253212223905222794e-7));
+    g = v_fma(g, f, v_set1(1.3208367318424936942e-6));
+    g = v_fma(g, f, v_set1(0.00001525317505299179206));
+    g = v_fma(g, f, v_set1(0.00015403512309774436912));
+    g = v_fma(g, f, v_set1(0.0013333558629561369834));
+    g = v_fma(g, f, v_set1(0.0096181290995509217695));
+    g = v_fma(g, f, v_set1(0.055504108665602235701));
+    g = v_fma(g, f, v_set1(0.24022650695906330332));
+    g = v_fma(g, f, v_set1(0.69314718055994592839));
+#endif
+    return v_ldexp_or_zero(v_fma(g, f, v_set1(1)), n);
 }
 
-static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double mult)
-{
-    real *Qt = Qt_;
-    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
-    const vec factor = v_set1((real)mult);
-    for (int v = 0; v < nvec; v++) {
-        const char *const *row = rows + v * LANES;
-        for (ptrdiff_t d = 0; d < D; d += LANES) {
-            vec x[LANES];
-            const ptrdiff_t n = D - d < LANES ? D - d : LANES;
-            const ptrdiff_t at = d * (ptrdiff_t)sizeof(real);
-            if (n == LANES)
-                for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + at));
-            else
-                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + at, n);
-            v_transpose(x);
-            for (ptrdiff_t i = 0; i < n; i++)
-                v_store(Qt + (d + i) * ld + v * LANES, v_mul(x[i], factor));
-        }
-    }
-}
+#ifdef QKV_PAIRS
+#define ROUGH 1
+#define MULTIPLY_ADD(a, b, c) v_dot_pairs(a, b, c)
+#define MULTIPLY_ADD_FLOP 4
+#else
+#define ROUGH 0
+#define MULTIPLY_ADD(a, b, c) v_fma(a, b, c)
+#define MULTIPLY_ADD_FLOP 2
+#endif
+#ifdef QKV_MATRIX_UNIT
+#include "product_matrix.h"
+#else
+#include "product_lanes.h"
+#endif
+#ifdef QKV_PAIRS
+#include "operands_bf16.h"
+#else
+#include "operands_real.h"
+#endif
 
 static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t Dv, int nvec,
                        const void *weight_)
@@ -114,116 +139,11 @@ static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t
     }
 }
 
-/* The register tile of both products: C[r][0..nv) = C * decay + sum_t A[r][t] * B[t][0..nv), where
- * A[r][t] is a scalar to broadcast at A + r * a_row + t * a_red; no decay: C is overwritten. The
- * sum begins at 0, so that its rounding errors don't grow with all that C has taken up before.
- * `rows` and `nv` are constants where this is inlined, so that the accumulators are registers. */
-INLINE void register_tile(const int rows, const int nv, real *C, const real *B, ptrdiff_t ld,
-                          const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
-                          ptrdiff_t red, const real *decay)
+static void scale(void *S_, ptrdiff_t nk, int nvec, double c)
 {
-    vec c[24];
-    UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
-    for (ptrdiff_t t = 0; t < red; t++) {
-        vec b[STRIP];
-        UNROLL for (int v = 0; v < nv; v++) b[v] = v_load(B + v * LANES);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const vec a = v_set1(load_real(A + r * a_row));
-            UNROLL for (int v = 0; v < nv; v++) c[r * nv + v] = v_fma(a, b[v], c[r * nv + v]);
-        }
-        A += a_red;
-        B += ld;
-    }
-    if (decay) {
-        vec factor[STRIP];
-        UNROLL for (int v = 0; v < nv; v++) factor[v] = v_load(decay + v * LANES);
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < nv; v++)
-                c[r * nv + v] = v_fma(v_load(C + r * ld + v * LANES), factor[v], c[r * nv + v]);
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < nv; v++) v_store(C + r * ld + v * LANES, c[r * nv + v]);
-}
-
-INLINE void strip_product(const int nv, real *C, const real *B, ptrdiff_t ld, const char *A,
-                          const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
-                          ptrdiff_t red, const real *decay)
-{
-#define TILE(n)                                                                                  \
-    do {                                                                                         \
-        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, decay);                             \
-        C += (n) * ld, A += (n) * a_row, rows -= (n);                                            \
-    } while (0)
-    while (rows >= rows_of(nv)) TILE(rows_of(nv));
-    if (rows_of(nv) > 8 && rows >= 8) TILE(8);
-    if (rows_of(nv) > 4 && rows >= 4) TILE(4);
-    if (rows >= 2) TILE(2);
-    if (rows >= 1) TILE(1);
-#undef TILE
-}
-
-/* C[rows][ld] = C * decay + A[rows][red] * B[red][ld], a strip of at most STRIP vectors at a time. */
-INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
-                    const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *decay)
-{
-    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
-    for (int v = 0; v < nvec; v += STRIP, C += STRIP * LANES, B += STRIP * LANES) {
-        const real *at = decay ? decay + v * LANES : NULL;
-        switch (nvec - v) {
-        case 1: strip_product(1, C, B, ld, A, a_row, a_red, rows, red, at); break;
-#if STRIP > 2
-        case 2: strip_product(2, C, B, ld, A, a_row, a_red, rows, red, at); break;
-        case 3: strip_product(3, C, B, ld, A, a_row, a_red, rows, red, at); break;
-#endif
-        default: strip_product(STRIP, C, B, ld, A, a_row, a_red, rows, red, at); break;
-        }
-    }
-}
-
-static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec)
-{
-    product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL);
-}
-
-static void accumulate(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, const void *decay)
-{
-    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, decay);
-}
-
-static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
-                           ptrdiff_t nk, ptrdiff_t Dv, int nvec)
-{
-    real *acc = acc_;
-    const real *P = P_;
-    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
-    for (ptrdiff_t k = 0; k < nk; k++) {
-        for (ptrdiff_t d = 0; d < Dv; d++) {
-            const real x = load_real(V + k * v_stride + d * (ptrdiff_t)sizeof(real));
-            if (x - x == 0) continue;
-            for (int v = 0; v < nvec; v++) {
-                real *c = acc + d * ld + v * LANES;
-                const vec p = v_load(P + k * ld + v * LANES), sum = v_load(c);
-                v_store(c, v_select_negative(p, sum, v_fma(v_set1(x), p, sum)));
-            }
-        }
-    }
-}
-
-static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv)
-{
-    const vec zero = v_set1(0);
-    vec sum = zero; /* x * 0 is 0, or NaN where x is not finite */
-    for (ptrdiff_t k = 0; k < nk; k++, V += v_stride) {
-        ptrdiff_t d = 0;
-        for (; d + LANES <= Dv; d += LANES)
-            sum = v_fma(v_load((const real *)(V + d * (ptrdiff_t)sizeof(real))), zero, sum);
-        if (d < Dv)
-            sum = v_fma(load_part(V + d * (ptrdiff_t)sizeof(real), Dv - d), zero, sum);
-    }
-    return v_le_bits(sum, zero) == ALL_LANES;
+    real *S = S_;
+    const vec factor = v_set1((real)c);
+    for (ptrdiff_t i = 0; i < nk * nvec; i++, S += LANES) v_store(S, v_mul(v_load(S), factor));
 }
 
 static void softcap(void *S_, ptrdiff_t nk, int nvec, double c)
@@ -293,7 +213,7 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
             if (n == LANES)
                 for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + at));
             else
-                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + at, n);
+                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + at, n * (ptrdiff_t)sizeof(real));
             v_transpose(x);
             for (ptrdiff_t i = 0; i < n; i++) {
                 real *s = S + (k + i) * ld + v * LANES;
@@ -319,88 +239,169 @@ static void limit_range(uint64_t *allow, ptrdiff_t nk, int nvec, const void *fir
     }
 }
 
+/* In 64 keys, a byte holds the bits of eight lanes for a key; then eight bytes are a key's word. */
+static void limit_mask(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
+                       ptrdiff_t stride)
+{
+    const int count = nvec * LANES;
+    for (ptrdiff_t begin = 0; begin < nk; begin += 64) {
+        const ptrdiff_t n = nk - begin < 64 ? nk - begin : 64;
+        uint8_t bits[8][64];
+        memset(bits, 0, sizeof bits);
+        for (int i = 0; i < count; i++) {
+            const char *row = rows[i] + begin * stride;
+            uint8_t one[64], *to = bits[i / 8];
+            if (stride == 1)
+                memcpy(one, row, (size_t)n);
+            else
+                for (ptrdiff_t k = 0; k < n; k++) one[k] = (uint8_t)row[k * stride];
+            const uint8_t bit = (uint8_t)(1 << i % 8);
+            for (int k = 0; k < 64; k++) to[k] |= one[k] ? bit : 0; /* past n: never read */
+        }
+        for (ptrdiff_t k = 0; k < n; k++) {
+            uint64_t word = 0;
+            for (int j = 0; j < 8; j++) word |= (uint64_t)bits[j][k] << 8 * j;
+            allow[begin + k] &= word;
+        }
+    }
+}
+
 INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
-                         const uint64_t *allow, real *row_max, real *row_sum, real *decays)
+                          const uint64_t *allow, const qkv_span *span, real factor,
+                          real *row_max, real *row_sum, real *decays)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
-    const vec minus_inf = v_set1(-REAL_INF), minus_zero = v_set1((real)-0.0);
-    for (int v = 0; v < nvec; v++) {
+    const vec lowest = v_set1(-REAL_INF), minus_zero = v_set1((real)-0.0), mult = v_set1(factor);
+    for (int v = 0; v < nvec; v++, S += LANES) {
         const int lane = v * LANES;
-        const vec before = v_load(row_max + lane);
-        vec part[4] = {before, before, before, before};
-        ptrdiff_t k = 0;
+        const ptrdiff_t begin = masked ? span[v].begin & ~3 : 0; /* k % 4 chooses the sum */
+        const ptrdiff_t end = masked ? span[v].end : nk;
+        vec part[4] = {lowest, lowest, lowest, lowest};
+        ptrdiff_t k = begin;
 #define SCORE(k)                                                                                 \
-    (masked ? v_select(v_mask(allow[k] >> lane), v_load(S + (k)*ld + lane), minus_inf)           \
-            : v_load(S + (k)*ld + lane))
-        for (; k + 4 <= nk; k += 4)
+    (masked ? v_select(v_mask(allow[k] >> lane), v_load(S + (k)*ld), lowest) : v_load(S + (k)*ld))
+        for (; k + 4 <= end; k += 4)
             UNROLL for (int i = 0; i < 4; i++) part[i] = v_max(part[i], SCORE(k + i));
-        for (; k < nk; k++) part[0] = v_max(part[0], SCORE(k));
-        const vec top = v_max(v_max(part[0], part[1]), v_max(part[2], part[3]));
-        const vec decay = exp2_nonpositive(v_sub(before, top));
+        for (; k < end; k++) part[0] = v_max(part[0], SCORE(k));
+        const vec best = v_max(v_max(part[0], part[1]), v_max(part[2], part[3]));
+        const vec before = v_load(row_max + lane), top = v_max(v_mul(best, mult), before);
+        const vec decay = exp2_nonpositive(v_sub(before, top), 0), below = v_sub(v_set1(0), top);
 
         vec sum[4] = {v_set1(0), v_set1(0), v_set1(0), v_set1(0)};
-#define EXPONENT(k, to)                                                                          \
+        for (k = begin; k < end; k += 4) {
+            vec p[4];
+            const int count = end - k < 4 ? (int)(end - k) : 4;
+#define WEIGHT(i)                                                                                \
     do {                                                                                         \
-        real *s = S + (k)*ld + lane;                                                             \
-        vec p = exp2_nonpositive(v_sub(v_load(s), top));                                         \
+        p[i] = exp2_nonpositive(v_fma(v_load(S + (k + (i)) * ld), mult, below), ROUGH);          \
         if (masked) {                                                                            \
-            const vmask seen = v_mask(allow[k] >> lane);                                         \
-            v_store(s, v_select(seen, p, minus_zero));                                           \
-            p = v_select(seen, p, v_set1(0));                                                    \
+            const vmask seen = v_mask(allow[k + (i)] >> lane);                                   \
+            sum[i] = v_add(sum[i], v_select(seen, p[i], v_set1(0)));                             \
+            p[i] = v_select(seen, p[i], minus_zero);                                             \
         } else {                                                                                 \
-            v_store(s, p);                                                                       \
+            sum[i] = v_add(sum[i], p[i]);                                                        \
         }                                                                                        \
-        to = v_add(to, p);                                                                       \
     } while (0)
-        for (k = 0; k + 4 <= nk; k += 4)
-            UNROLL for (int i = 0; i < 4; i++) EXPONENT(k + i, sum[i]);
-        for (int i = 0; k < nk; k++, i++) EXPONENT(k, sum[i]);
+            if (count == 4) {
+                UNROLL for (int i = 0; i < 4; i++) WEIGHT(i);
+                store_weights(S, ld, k, p, 4);
+            } else {
+                for (int i = 0; i < 4; i++) p[i] = minus_zero;
+                for (int i = 0; i < count; i++) WEIGHT(i);
+                store_weights(S, ld, k, p, count);
+            }
+        }
         const vec total = v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]));
 #undef SCORE
-#undef EXPONENT
+#undef WEIGHT
+        fill_weights(S, ld, begin, end, nk);
         v_store(row_sum + lane, v_fma(v_load(row_sum + lane), decay, total));
         v_store(row_max + lane, top);
         v_store(decays + lane, decay);
     }
 }
 
-static void softmax(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, void *row_max,
-                   void *row_sum, void *decay)
+static void softmax(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, const qkv_span *span,
+                    double factor, void *row_max, void *row_sum, void *decay)
 {
+    const real mult = (real)factor;
     if (allow)
-        softmax_block(1, S, nk, nvec, allow, row_max, row_sum, decay);
+        softmax_block(1, S, nk, nvec, allow, span, mult, row_max, row_sum, decay);
     else
-        softmax_block(0, S, nk, nvec, allow, row_max, row_sum, decay);
+        softmax_block(0, S, nk, nvec, allow, span, mult, row_max, row_sum, decay);
 }
 
-static double fma_chain(ptrdiff_t n)
+#if REAL_BITS == 32
+static void widen(void *row_, const char *src, ptrdiff_t n, int type)
 {
-    vec c[24], sum = v_set1(0);
-    const vec a = v_set1((real)0.999), b = v_set1((real)1e-3);
-    UNROLL for (int i = 0; i < 24; i++) c[i] = v_set1((real)i);
-    for (ptrdiff_t t = 0; t < n; t++)
-        UNROLL for (int i = 0; i < 24; i++) c[i] = v_fma(a, c[i], b);
-    UNROLL for (int i = 0; i < 24; i++) sum = v_add(sum, c[i]);
-    real lanes[LANES];
-    v_store(lanes, sum);
-    return (double)lanes[0];
+    float *row = row_;
+    ptrdiff_t i = 0;
+    if (type == QKV_FLOAT16) {
+        for (; i + LANES <= n; i += LANES) v_store(row + i, v_load_half(src + 2 * i));
+    } else {
+        for (; i + LANES <= n; i += LANES) v_store(row + i, v_load_bfloat(src + 2 * i));
+    }
+    if (i < n) {
+        char part[2 * LANES] = {0};
+        memcpy(part, src + 2 * i, (size_t)(n - i) * 2);
+        float rest[LANES];
+        v_store(rest, type == QKV_FLOAT16 ? v_load_half(part) : v_load_bfloat(part));
+        memcpy(row + i, rest, (size_t)(n - i) * sizeof(float));
+    }
 }
+
+static void narrow(char *dst, const void *row_, ptrdiff_t n, int type)
+{
+    const float *row = row_;
+    ptrdiff_t i = 0;
+    if (type == QKV_FLOAT16) {
+        for (; i + LANES <= n; i += LANES) v_store_half(dst + 2 * i, v_load(row + i));
+    } else {
+        for (; i + LANES <= n; i += LANES) v_store_bfloat(dst + 2 * i, v_load(row + i));
+    }
+    if (i < n) {
+        char part[2 * LANES];
+        const vec rest = load_part((const char *)(row + i), (n - i) * (ptrdiff_t)sizeof(float));
+        if (type == QKV_FLOAT16)
+            v_store_half(part, rest);
+        else
+            v_store_bfloat(part, rest);
+        memcpy(dst + 2 * i, part, (size_t)(n - i) * 2);
+    }
+}
+#define WIDEN widen
+#define NARROW narrow
+#else
+#define WIDEN NULL
+#define NARROW NULL
+#endif
 
 const qkv_tile_kernels QKV_TABLE = {
     .isa = QKV_ISA,
     .real_bytes = sizeof(real),
+    .operand = OPERAND,
     .lanes = LANES,
     .tile_q = TILE_Q,
+    .depth_step = DEPTH_STEP,
+    .row_step = ROW_STEP,
+    .enter = ENTER,
+    .leave = LEAVE,
     .pack_rows = pack_rows,
+    .pack_values = PACK_VALUES,
     .scores = scores,
+    .scale = scale,
     .softcap = softcap,
     .alibi = alibi,
     .bias = bias,
     .limit_range = limit_range,
+    .limit_mask = limit_mask,
     .softmax = softmax,
     .accumulate = accumulate,
     .accumulate_odd = accumulate_odd,
     .all_finite = all_finite,
     .store_rows = store_rows,
+    .widen = WIDEN,
+    .narrow = NARROW,
     .fma_chain = fma_chain,
+    .fma_chain_flop = FMA_CHAIN_FLOP,
 };

@@ -3,7 +3,7 @@
 #define REAL_BITS 64
 #define QKV_ISA "avx512"
 #define QKV_TABLE qkv_tile_kernels_f64_avx512
-#define QKV_TARGET "avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"
+#define QKV_TARGET "avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,f16c"
 #include <immintrin.h>
 #include <string.h>
 

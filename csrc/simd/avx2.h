@@ -22,10 +22,6 @@ VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
-VOCABULARY vec v_zero_where_less(vec a, vec b, vec x)
-{
-    return _mm256_andnot_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ), x);
-}
 VOCABULARY vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_ps(b, a, sign); }
 VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
 {
@@ -36,6 +32,15 @@ VOCABULARY vec v_ldexp(vec x, vec n) /* x * 2^n, n an integer, 2^n a normal numb
 {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));
+}
+VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
+{
+    *n = _mm256_round_ps(x, 9); /* 9: downwards, no exceptions */
+    return _mm256_sub_ps(x, *n);
+}
+VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+{
+    return _mm256_andnot_ps(_mm256_cmp_ps(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
 }
 VOCABULARY uint64_t v_le_bits(vec a, vec b)
 {
@@ -66,6 +71,31 @@ VOCABULARY void v_transpose(vec x[LANES])
         x[i] = low;
     }
 }
+VOCABULARY vec v_load_half(const char *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+VOCABULARY vec v_load_bfloat(const char *p)
+{
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+}
+VOCABULARY void v_store_half(char *p, vec x)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, 0)); /* 0: to nearest even */
+}
+VOCABULARY void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept, and made quiet */
+{
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m256i packed = _mm256_packus_epi32(kept, kept); /* each half twice */
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+}
 #else
 typedef __m256d vec, vmask;
 VOCABULARY vec v_set1(real x) { return _mm256_set1_pd(x); }
@@ -79,10 +109,6 @@ VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
 VOCABULARY vec v_min(vec a, vec b) { return _mm256_min_pd(a, b); }
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_pd(b, a, m); }
-VOCABULARY vec v_zero_where_less(vec a, vec b, vec x)
-{
-    return _mm256_andnot_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ), x);
-}
 VOCABULARY vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_pd(b, a, sign); }
 VOCABULARY vec v_split(vec x, vec *n)
 {
@@ -94,6 +120,15 @@ VOCABULARY vec v_ldexp(vec x, vec n) /* n to its low bits by adding 1.5 * 2^52 *
     const __m256i low = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(6755399441055744.0)));
     const __m256i e = _mm256_add_epi64(low, _mm256_set1_epi64x(1023));
     return _mm256_mul_pd(x, _mm256_castsi256_pd(_mm256_slli_epi64(e, 52)));
+}
+VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
+{
+    *n = _mm256_round_pd(x, 9); /* 9: downwards, no exceptions */
+    return _mm256_sub_pd(x, *n);
+}
+VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+{
+    return _mm256_andnot_pd(_mm256_cmp_pd(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
 }
 VOCABULARY uint64_t v_le_bits(vec a, vec b)
 {

@@ -23,10 +23,6 @@ VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
-VOCABULARY vec v_zero_where_less(vec a, vec b, vec x)
-{
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), x);
-}
 VOCABULARY vec v_select_negative(vec sign, vec a, vec b)
 {
     return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(sign)), a);
@@ -38,6 +34,15 @@ VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
     return f;
 }
 VOCABULARY vec v_ldexp(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x * 2^n */
+VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and what v_ldexp_or_zero takes for floor(x) */
+{
+    *n = x; /* scalef takes its floor */
+    return _mm512_reduce_ps(x, 9); /* 9: downwards, no exceptions */
+}
+VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+{
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
+}
 VOCABULARY uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 VOCABULARY vmask v_mask(uint64_t bits) { return (vmask)bits; }
 VOCABULARY void v_transpose(vec x[LANES])
@@ -66,6 +71,29 @@ VOCABULARY void v_transpose(vec x[LANES])
         x[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
+VOCABULARY vec v_load_half(const char *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+VOCABULARY vec v_load_bfloat(const char *p)
+{
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+VOCABULARY void v_store_half(char *p, vec x)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, 0)); /* 0: to nearest even */
+}
+VOCABULARY void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept, and made quiet */
+{
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_add_epi32(bits, half);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits,
+                                              _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
 #else
 typedef __m512d vec;
 typedef __mmask8 vmask;
@@ -80,10 +108,6 @@ VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
 VOCABULARY vec v_min(vec a, vec b) { return _mm512_min_pd(a, b); }
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }
-VOCABULARY vec v_zero_where_less(vec a, vec b, vec x)
-{
-    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ), x);
-}
 VOCABULARY vec v_select_negative(vec sign, vec a, vec b)
 {
     return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(sign)), a);
@@ -95,6 +119,15 @@ VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
     return f;
 }
 VOCABULARY vec v_ldexp(vec x, vec n) { return _mm512_scalef_pd(x, n); } /* x * 2^n */
+VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and what v_ldexp_or_zero takes for floor(x) */
+{
+    *n = x; /* scalef takes its floor */
+    return _mm512_reduce_pd(x, 9); /* 9: downwards, no exceptions */
+}
+VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+{
+    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
+}
 VOCABULARY uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
 VOCABULARY vmask v_mask(uint64_t bits) { return (vmask)bits; }
 VOCABULARY void v_transpose(vec x[LANES])

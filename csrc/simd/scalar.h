@@ -1,6 +1,7 @@
 /* The vocabulary on any machine: vectors of 16 bytes by the compiler's own vector type, which
  * becomes SSE2 or NEON where there is one and plain scalars elsewhere. 16 registers. */
 #include "limits.h"
+#include "../elements.h"
 
 #include <string.h>
 
@@ -38,7 +39,6 @@ VOCABULARY vec v_select(vmask m, vec a, vec b) /* m ? a : b */
 }
 VOCABULARY vec v_max(vec a, vec b) { return v_select(a > b, a, b); } /* b where one is NaN */
 VOCABULARY vec v_min(vec a, vec b) { return v_select(a < b, a, b); } /* b where one is NaN */
-VOCABULARY vec v_zero_where_less(vec a, vec b, vec x) { return (vec)(~(a < b) & (vmask)x); }
 VOCABULARY vec v_select_negative(vec sign, vec a, vec b) /* a where the sign bit is set */
 {
     return v_select((vmask)sign >> (REAL_BITS - 1), a, b);
@@ -54,6 +54,43 @@ VOCABULARY vec v_ldexp(vec x, vec n) /* x * 2^n, n an integer, 2^n a normal numb
     const vmask low = (vmask)(n + ROUNDER) + EXPONENT_BIAS;
     return x * (vec)(low << MANTISSA_BITS);
 }
+/* x - n and n, an integer with x - 1 <= n <= x; where |x| is too large for that, n is about x. */
+VOCABULARY vec v_fraction(vec x, vec *n)
+{
+    *n = ((x - (real)0.5) + ROUNDER) - ROUNDER;
+    return x - *n;
+}
+VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+{
+    return (vec)(~(n < REAL_MIN_EXP) & (vmask)v_ldexp(x, n));
+}
+#if REAL_BITS == 32
+VOCABULARY vec v_load_half(const char *p)
+{
+    uint16_t x[LANES];
+    memcpy(x, p, sizeof x);
+    return (vec){float_of_half(x[0]), float_of_half(x[1]), float_of_half(x[2]), float_of_half(x[3])};
+}
+VOCABULARY vec v_load_bfloat(const char *p)
+{
+    uint16_t x[LANES];
+    memcpy(x, p, sizeof x);
+    const vmask bits = {x[0], x[1], x[2], x[3]};
+    return (vec)(bits << 16);
+}
+VOCABULARY void v_store_half(char *p, vec x)
+{
+    const uint16_t y[LANES] = {half_of_float(x[0]), half_of_float(x[1]), half_of_float(x[2]),
+                               half_of_float(x[3])};
+    memcpy(p, y, sizeof y);
+}
+VOCABULARY void v_store_bfloat(char *p, vec x)
+{
+    const uint16_t y[LANES] = {bfloat_of_float(x[0]), bfloat_of_float(x[1]), bfloat_of_float(x[2]),
+                               bfloat_of_float(x[3])};
+    memcpy(p, y, sizeof y);
+}
+#endif
 VOCABULARY uint64_t v_bits(vmask m)
 {
     uint64_t bits = 0;

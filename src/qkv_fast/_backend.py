@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ._problem import BFLOAT16, FLOAT32, FLOAT64, code_of
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")
-ISAS = ("auto", "scalar", "avx2", "avx512")  # weakest first
+ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
 _VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
 
@@ -39,7 +41,7 @@ _Runner = Callable[["Problem"], None]
 
 _wish: contextvars.ContextVar[_Wish | None] = contextvars.ContextVar("backend", default=None)
 _environment: _Wish | None = None
-_runners: dict[tuple[_Wish | None, bool], _Runner] = {}
+_runners: dict[tuple[_Wish | None, int], _Runner] = {}
 _native: ModuleType | None = None
 _native_error = ""
 _warned = False
@@ -57,8 +59,9 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
     tiles : {"auto", "simd", "blas"}
         What computes the native engine's products. "auto" leaves it to ``QKV_FAST_TILES``, else
         takes SIMD kernels for float32 and the 16-bit types and BLAS for float64.
-    isa : {"auto", "scalar", "avx2", "avx512"}
-        The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the strongest.
+    isa : {"auto", "scalar", "avx2", "avx512", "avx512bf16", "amx"}
+        The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the fastest for the
+        dtype. The last two differ from "avx512" for bfloat16 only.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
         _checked("tiles", tiles, TILES),
         _checked("isa", isa, ISAS),
     )
-    resolve(wish, wide=False)
+    resolve(wish, FLOAT32)
     token = _wish.set(wish)
     try:
         yield
@@ -91,7 +94,7 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
 
 def dispatch(problem: Problem) -> None:
     """Compute `problem` with the engine in force."""
-    key = (_wish.get(), problem.out_code == 1)
+    key = (_wish.get(), problem.out_code)
     runner = _runners.get(key)
     if runner is None:
         runner = _runners[key] = _runner(*key)
@@ -100,7 +103,9 @@ def dispatch(problem: Problem) -> None:
 
 def current(dtype: npt.DTypeLike = "float32") -> Choice:
     """Return what a call with this dtype would use here and now."""
-    return resolve(_wish.get(), wide=np.dtype(dtype).num == np.dtype(np.float64).num)
+    if isinstance(dtype, str) and dtype == "bfloat16":  # a name that NumPy alone does not know
+        return resolve(_wish.get(), BFLOAT16)
+    return resolve(_wish.get(), code_of(np.dtype(dtype)))
 
 
 def available() -> list[Choice]:
@@ -109,7 +114,7 @@ def available() -> list[Choice]:
     native = _load_native()
     if native is not None:
         choices += [Choice("native", "simd", isa) for isa in native.isas()]
-        choices.append(Choice("native", "blas", native.isas()[-1]))
+        choices.append(Choice("native", "blas", native.best_isa(FLOAT32)))
     return choices
 
 
@@ -129,8 +134,11 @@ def build_facts() -> dict[str, Any]:
     return facts
 
 
-def resolve(wish: _Wish | None, *, wide: bool) -> Choice:
-    """Turn what was wished for, here and in the environment, into what is used, or raise."""
+def resolve(wish: _Wish | None, code: int) -> Choice:
+    """Turn what was wished for, here and in the environment, into what is used, or raise.
+
+    `code` is the element type of the problem, as `_problem.py` numbers them.
+    """
     wish = wish or ("auto", "auto", "auto")
     engine, tiles, isa = (
         default if word == "auto" else word
@@ -152,13 +160,16 @@ def resolve(wish: _Wish | None, *, wide: bool) -> Choice:
         )
     if tiles == "auto":
         # A CPU without a SIMD table has an OpenBLAS kernel that beats the scalar one.
-        tiles = "blas" if wide or (isa == "auto" and executable[-1] == "scalar") else "simd"
-    return Choice("native", tiles, executable[-1] if isa == "auto" else isa)
+        weak = isa == "auto" and executable[-1] == "scalar"
+        tiles = "blas" if code == FLOAT64 or weak else "simd"
+    if isa == "auto":
+        isa = native.best_isa(code if tiles == "simd" else FLOAT32)
+    return Choice("native", tiles, isa)
 
 
-def _runner(wish: _Wish | None, wide: bool) -> _Runner:
+def _runner(wish: _Wish | None, code: int) -> _Runner:
     global _warned
-    choice = resolve(wish, wide=wide)
+    choice = resolve(wish, code)
     if choice.engine == "python":
         from ._reference import run
 

@@ -6,6 +6,8 @@ reads S = Qt K with Qt (tile x D), K (D x keys), and needs no packing:
     scores      S    = gemm('N', 'N', tile, keys, D;    Qt, K)
     accumulate  acc  = acc decay + gemm('N', 'T', tile, Dv, keys;   P, V)
 
+A span would save what a block excludes; here blocks are computed whole.
+
 A module of its own, since importing scipy's takes a quarter of a second.
 """
 
@@ -25,9 +27,9 @@ ctypedef fused real:
     double
 
 ctypedef void (*scores_t)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                          int) noexcept nogil
+                          int, const void *) noexcept nogil
 ctypedef void (*accumulate_t)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
-                              Py_ssize_t, int, const void *) noexcept nogil
+                              Py_ssize_t, int, const void *, const void *) noexcept nogil
 
 
 cdef void gemm(int wide, char transposed, int m, int n, int k, const char *a, int lda,
@@ -67,20 +69,20 @@ cdef inline void product(int wide, bint transposed, Py_ssize_t rows, Py_ssize_t 
 
 
 cdef void scores_f32(void *S, const void *Qt, const char *K, Py_ssize_t k_stride, Py_ssize_t nk,
-                     Py_ssize_t D, int nvec) noexcept nogil:
+                     Py_ssize_t D, int nvec, const void *span) noexcept nogil:
     product(0, False, nk, D, <char *>S, <const char *>Qt, K, k_stride, 4,
             max(k_stride // 4, 1), True)
 
 
 cdef void scores_f64(void *S, const void *Qt, const char *K, Py_ssize_t k_stride, Py_ssize_t nk,
-                     Py_ssize_t D, int nvec) noexcept nogil:
+                     Py_ssize_t D, int nvec, const void *span) noexcept nogil:
     product(1, False, nk, D, <char *>S, <const char *>Qt, K, k_stride, 8,
             max(k_stride // 8, 1), True)
 
 
 cdef void accumulate_f32(void *acc, const void *P, const char *V, Py_ssize_t v_stride,
                          Py_ssize_t nk, Py_ssize_t Dv, int nvec,
-                         const void *decay) noexcept nogil:
+                         const void *decay, const void *span) noexcept nogil:
     if decay != NULL:
         rescale(<float *>acc, Dv, <const float *>decay)
     product(0, True, Dv, nk, <char *>acc, <const char *>P, V, 4, v_stride,
@@ -89,7 +91,7 @@ cdef void accumulate_f32(void *acc, const void *P, const char *V, Py_ssize_t v_s
 
 cdef void accumulate_f64(void *acc, const void *P, const char *V, Py_ssize_t v_stride,
                          Py_ssize_t nk, Py_ssize_t Dv, int nvec,
-                         const void *decay) noexcept nogil:
+                         const void *decay, const void *span) noexcept nogil:
     if decay != NULL:
         rescale(<double *>acc, Dv, <const double *>decay)
     product(1, True, Dv, nk, <char *>acc, <const char *>P, V, 8, v_stride,

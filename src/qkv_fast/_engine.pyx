@@ -15,45 +15,62 @@ from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, NAN, exp2, log
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import time
 
 cnp.import_array()
 
 cdef extern from "tile_kernels.h" nogil:
+    ctypedef struct qkv_span:
+        int begin, end
+
     ctypedef struct qkv_tile_kernels:
         const char *isa
         int real_bytes
+        int operand
         int lanes
         int tile_q
+        int depth_step
+        int row_step
+        void (*enter)() noexcept nogil
+        void (*leave)() noexcept nogil
         void (*pack_rows)(void *, const char **, Py_ssize_t, int, double) noexcept nogil
+        void (*pack_values)(void *, Py_ssize_t, const char *, Py_ssize_t, Py_ssize_t,
+                            Py_ssize_t) noexcept nogil
         void (*scores)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                       int) noexcept nogil
+                       int, const qkv_span *) noexcept nogil
+        void (*scale)(void *, Py_ssize_t, int, double) noexcept nogil
         void (*softcap)(void *, Py_ssize_t, int, double) noexcept nogil
         void (*alibi)(void *, Py_ssize_t, int, const void *, const void *) noexcept nogil
         void (*bias)(void *, Py_ssize_t, int, const char **, int, uint64_t *) noexcept nogil
         void (*limit_range)(uint64_t *, Py_ssize_t, int, const void *, const void *) noexcept nogil
-        void (*softmax)(void *, Py_ssize_t, int, const uint64_t *, void *, void *,
-                        void *) noexcept nogil
+        void (*limit_mask)(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t) noexcept nogil
+        void (*softmax)(void *, Py_ssize_t, int, const uint64_t *, const qkv_span *, double,
+                        void *, void *, void *) noexcept nogil
         void (*accumulate)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                           int, const void *) noexcept nogil
+                           int, const void *, const qkv_span *) noexcept nogil
         void (*accumulate_odd)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
                                Py_ssize_t, int) noexcept nogil
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
+        void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
+        void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
+        int fma_chain_flop
 
-    const qkv_tile_kernels *qkv_tile_table(int index, int real_bytes)
-    int qkv_tile_table_runs(int index)
+    const qkv_tile_kernels *qkv_tile_table(int index, int operand)
+    const char *qkv_isa_name(int index)
+    int qkv_isa_runs(int index)
+    int qkv_isa_pays(int index)
 
 cdef extern from "convert.h" nogil:
-    int QKV_FLOAT32, QKV_FLOAT64, QKV_BOOL
+    int QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL
     void qkv_read_row(void *, int, const char *, Py_ssize_t, Py_ssize_t, int)
+    void qkv_copy_row16(void *, const char *, Py_ssize_t, Py_ssize_t, int)
     void qkv_clear_odd(void *, int, Py_ssize_t)
     void qkv_write_row(char *, const void *, int, Py_ssize_t, Py_ssize_t, int)
-    void qkv_limit_mask(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t)
 
 cdef extern from "thread_pool.h" nogil:
     void qkv_run_tasks(void (*)(const void *, int, Py_ssize_t) noexcept nogil, const void *,
@@ -82,6 +99,8 @@ cdef extern from *:
 
 cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
+    MAX_VECTORS = 16    # of a tile
+    PACKED_STEP = 32    # what pack_values rounds both axes up to
     MAX_BLOCK_K = 128
     MAX_TABLES = 8
     ALIGNMENT = 64
@@ -114,7 +133,7 @@ cdef struct Operand:
     const cnp.npy_intp *batch_strides   # bytes; one per batch axis
     Py_ssize_t head, row, col           # strides in bytes
     int type                            # as convert.h numbers them
-    bint direct                         # the kernels can use the rows as they are
+    bint direct                         # rows of the kernels' type with unit stride
 
 
 cdef struct Call:
@@ -127,12 +146,18 @@ cdef struct Call:
     Py_ssize_t tiles, tiles_per_task, tasks_per_head, tasks
     Operand query, key, value, mask, out
     Operand query_offset, key_lengths, slopes   # data NULL when absent
+    int operand_bytes
+    Py_ssize_t key_bytes, packed_stride # of a key row and of a packed row in our own scratch
     const double *sinks                 # (Hq,) or NULL
     char *lse                           # C order, reals, or NULL
-    double scale, softcap
+    double query_factor, score_factor   # their product is scale * log2(e)
+    double softcap
+    bint modified                       # modify_scores has something to do
     int64_t left, right
-    # A thread's scratch: S, gathered rows, then for each tile of a task Tile, Qt and acc.
-    Py_ssize_t gathered_at, tiles_at, acc_at, tile_bytes, scratch_bytes
+    # A thread's scratch: S, gathered rows, key rows, value rows, packed values, then for each tile
+    # of a task Tile, Qt and acc.
+    Py_ssize_t gathered_at, keys_at, values_at, packed_at, tiles_at, acc_at, tile_bytes
+    Py_ssize_t scratch_bytes
 
 
 cdef struct ThreadedCall:
@@ -149,8 +174,18 @@ cdef struct Head:                       # what the tiles of a task share
     char *mask
     char *slopes
     int64_t offset, visible             # the first query's position; keys before key_lengths
-    void *S
+    char *S                             # the thread's scratch begins here
     char *gathered
+
+
+cdef struct Block:                      # keys, and what of them was made ready for all tiles
+    int64_t begin
+    Py_ssize_t nk
+    const char *keys                    # NULL: not yet
+    const char *value_rows
+    const char *values                  # as accumulate wants them
+    Py_ssize_t key_stride, row_stride, value_stride
+    int finite                          # whether all of value_rows is; -1: not known
 
 
 cdef struct Tile:
@@ -176,6 +211,7 @@ cdef struct Tile:
     double range_first[MAX_LANES]
     double range_last[MAX_LANES]
     double relative[MAX_LANES]
+    qkv_span span[MAX_VECTORS]
     uint64_t allow[MAX_BLOCK_K]
 
 
@@ -215,50 +251,95 @@ cdef inline char *batch_entry(const Call *call, const Operand *operand,
     return data
 
 
-cdef const char *rows_for_kernel(const Call *call, const Operand *operand, const char *data,
-                                 Py_ssize_t count, Py_ssize_t length, char *gathered,
-                                 Py_ssize_t *stride) noexcept nogil:
-    """Rows of a key or value block as the kernels want them: in place, or gathered."""
-    cdef int real_bytes = call.kernels.real_bytes
+cdef inline void read_reals(const Call *call, void *row, const Operand *operand, const char *src,
+                            Py_ssize_t length) noexcept nogil:
+    """A row of the caller's as reals."""
+    if ((operand.type == QKV_FLOAT16 or operand.type == QKV_BFLOAT16) and operand.col == 2
+            and call.kernels.widen != NULL):
+        call.kernels.widen(row, src, length, operand.type)
+    else:
+        qkv_read_row(row, call.kernels.real_bytes, src, length, operand.col, operand.type)
+
+
+cdef void read_row(const Call *call, char *row, const Operand *operand, const char *src,
+                   Py_ssize_t length) noexcept nogil:
+    """A row of the caller's as operands of the kernels."""
+    if call.kernels.operand == QKV_BFLOAT16:
+        qkv_copy_row16(row, src, length, operand.col, operand.type)
+    else:
+        read_reals(call, row, operand, src, length)
+
+
+cdef void load_keys(const Call *call, const Head *head, Block *block) noexcept nogil:
+    """The block's keys as the kernels want them: in place, or gathered and padded with zeros."""
+    cdef const char *data = head.key + block.begin * call.key.row
+    cdef Py_ssize_t row_bytes = call.head_dim * call.operand_bytes
+    cdef Py_ssize_t i, rows = call.kernels.row_step
+    cdef char *row = head.S + call.keys_at
+    if (call.key.direct and call.head_dim % call.kernels.depth_step == 0
+            and block.nk % call.kernels.row_step == 0):
+        block.keys = data
+        block.key_stride = call.key.row
+        return
+    block.keys = row
+    block.key_stride = call.key_bytes
+    for i in range(block.nk):
+        read_row(call, row, &call.key, data + i * call.key.row, call.head_dim)
+        memset(row + row_bytes, 0, call.key_bytes - row_bytes)
+        row += call.key_bytes
+    rows = (block.nk + rows - 1) // rows * rows
+    memset(row, 0, (rows - block.nk) * call.key_bytes)
+
+
+cdef void load_value_rows(const Call *call, const Head *head, Block *block) noexcept nogil:
+    """The block's values as rows of operands: in place, or gathered."""
+    cdef const char *data = head.value + block.begin * call.value.row
+    cdef char *rows = head.S + call.values_at
     cdef Py_ssize_t i
-    if operand.direct:
-        stride[0] = operand.row
-        return data
-    stride[0] = length * real_bytes
-    for i in range(count):
-        qkv_read_row(gathered + i * stride[0], real_bytes, data + i * operand.row, length,
-                     operand.col, operand.type)
-    return gathered
+    if call.value.direct:
+        block.value_rows = data
+        block.row_stride = call.value.row
+        return
+    block.value_rows = rows
+    block.row_stride = call.v_dim * call.operand_bytes
+    for i in range(block.nk):
+        read_row(call, rows + i * block.row_stride, &call.value, data + i * call.value.row,
+                 call.v_dim)
 
 
-cdef const char *clean_rows(const Call *call, const Head *head, const char *block,
-                            Py_ssize_t count, Py_ssize_t *stride) noexcept nogil:
-    """A copy of a value block (which may lie in `gathered` already) with 0 for what isn't finite."""
-    cdef int real_bytes = call.kernels.real_bytes
-    cdef Py_ssize_t i
-    cdef char *row
-    for i in range(count):
-        row = head.gathered + i * call.v_dim * real_bytes
-        if block != head.gathered:
-            qkv_read_row(row, real_bytes, block + i * stride[0], call.v_dim, real_bytes,
-                         QKV_FLOAT32 if real_bytes == 4 else QKV_FLOAT64)
-        qkv_clear_odd(row, real_bytes, call.v_dim)
-    stride[0] = call.v_dim * real_bytes
-    return head.gathered
+cdef void pack_values(const Call *call, const Head *head, Block *block, const char *rows,
+                      Py_ssize_t stride) noexcept nogil:
+    """Value rows as accumulate wants them."""
+    block.values = rows
+    block.value_stride = stride
+    if call.kernels.pack_values != NULL:
+        block.values = head.S + call.packed_at
+        block.value_stride = call.packed_stride
+        call.kernels.pack_values(head.S + call.packed_at, call.packed_stride, rows, stride,
+                                 block.nk, call.v_dim)
 
 
-cdef void gather_rows(const char **rows, const char **source, int count, Py_ssize_t offset,
-                      Py_ssize_t length, const Operand *operand, int real_bytes,
-                      char *gathered) noexcept nogil:
-    """rows[i] = source[i] + offset, as reals with unit stride, gathered where they are not."""
+cdef void clean_values(const Call *call, const Head *head, Block *block) noexcept nogil:
+    """Values with 0 for what isn't finite."""
+    cdef Py_ssize_t i, row_bytes = call.v_dim * call.operand_bytes
+    cdef char *row = head.gathered
+    for i in range(block.nk):
+        memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
+        qkv_clear_odd(row, call.kernels.operand, call.v_dim)
+        row += row_bytes
+    pack_values(call, head, block, head.gathered, row_bytes)
+
+
+cdef void gather_rows(const Call *call, const char **rows, const char **source, int count,
+                      Py_ssize_t length, const Operand *operand, char *gathered) noexcept nogil:
+    """rows[i] = source[i], as operands with unit stride, gathered where they are not."""
     cdef int i
     for i in range(count):
         if operand.direct:
-            rows[i] = source[i] + offset
+            rows[i] = source[i]
         else:
-            rows[i] = gathered + i * length * real_bytes
-            qkv_read_row(<void *>rows[i], real_bytes, source[i] + offset, length, operand.col,
-                         operand.type)
+            rows[i] = gathered + i * length * call.operand_bytes
+            read_row(call, <char *>rows[i], operand, source[i], length)
 
 
 cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:
@@ -305,17 +386,18 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
             if index == call.q_len:
                 index = 0
                 query_head += 1
-    gather_rows(tile.rows, tile.query_rows, tile.lanes, 0, call.head_dim, &call.query,
-                real_bytes, head.gathered)
-    call.kernels.pack_rows(tile.Qt, tile.rows, call.head_dim, tile.nvec, call.scale * LOG2E)
+    gather_rows(call, tile.rows, tile.query_rows, tile.lanes, call.head_dim, &call.query,
+                head.gathered)
+    call.kernels.pack_rows(tile.Qt, tile.rows, call.head_dim, tile.nvec, call.query_factor)
 
 
-cdef bint allow_in_block(const Call *call, Tile *tile, int64_t begin,
-                         Py_ssize_t nk) noexcept nogil:
-    """Fill tile.allow for a block that not every row sees whole; whether any row sees any key."""
+cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin,
+                             Py_ssize_t nk) noexcept nogil:
+    """Fill tile.allow for a block that not every row sees whole; which rows see any key."""
     cdef int real_bytes = call.kernels.real_bytes
     cdef bint shared = call.mask.head == 0 and call.mask.row == 0
     cdef uint64_t any_allowed = 0
+    cdef const char *mask
     cdef Py_ssize_t k
     cdef int i
     memset(tile.allow, 0xff, nk * sizeof(uint64_t))
@@ -325,17 +407,48 @@ cdef bint allow_in_block(const Call *call, Tile *tile, int64_t begin,
             set_real(tile.range_last, i, real_bytes, clamp(tile.last[i] - begin, -1, nk))
         call.kernels.limit_range(tile.allow, nk, tile.nvec, tile.range_first, tile.range_last)
     if call.mask.data != NULL and call.mask.type == QKV_BOOL:
-        for i in range(1 if shared else tile.lanes):
-            tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
         if shared:
+            mask = tile.mask_rows[0] + begin * call.mask.col
             for k in range(nk):
-                if not tile.rows[0][k * call.mask.col]:
+                if not mask[k * call.mask.col]:
                     tile.allow[k] = 0
         else:
-            qkv_limit_mask(tile.allow, nk, tile.lanes, tile.rows, call.mask.col)
+            for i in range(tile.lanes):
+                tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
+            call.kernels.limit_mask(tile.allow, nk, tile.nvec, tile.rows, call.mask.col)
     for k in range(nk):
         any_allowed |= tile.allow[k]
-    return any_allowed != 0
+    return any_allowed & lane_bits(tile.lanes)
+
+
+cdef inline uint64_t lane_bits(int lanes) noexcept nogil:
+    return ~<uint64_t>0 >> (64 - lanes)
+
+
+cdef bint sees_all(const Tile *tile, Py_ssize_t nk) noexcept nogil:
+    """Whether tile.allow excludes nothing."""
+    cdef uint64_t all_allowed = lane_bits(tile.lanes)
+    cdef Py_ssize_t k
+    for k in range(nk):
+        all_allowed &= tile.allow[k]
+    return all_allowed == lane_bits(tile.lanes)
+
+
+cdef void find_spans(const Call *call, Tile *tile, Py_ssize_t nk) noexcept nogil:
+    """Which keys each vector needs: from the first to the last that one of its lanes may see."""
+    cdef int v, lanes = call.kernels.lanes
+    cdef uint64_t bits = lane_bits(lanes)
+    cdef int begin, end
+    for v in range(tile.nvec):
+        begin = 0
+        end = <int>nk
+        while end > 0 and not tile.allow[end - 1] & bits:
+            end -= 1
+        while begin < end and not tile.allow[begin] & bits:
+            begin += 1
+        tile.span[v].begin = begin
+        tile.span[v].end = end
+        bits <<= lanes
 
 
 cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t begin,
@@ -344,6 +457,8 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
     cdef const qkv_tile_kernels *kernels = call.kernels
     cdef bint shared = call.mask.head == 0 and call.mask.row == 0
     cdef int i
+    if call.score_factor != 1:
+        kernels.scale(head.S, nk, tile.nvec, call.score_factor)
     if call.softcap != 0:
         kernels.softcap(head.S, nk, tile.nvec, call.softcap)
     if head.slopes != NULL:
@@ -351,47 +466,75 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
             set_real(tile.relative, i, kernels.real_bytes, <double>(tile.position[i] - begin))
         kernels.alibi(head.S, nk, tile.nvec, tile.slope, tile.relative)
     if head.mask != NULL and call.mask.type != QKV_BOOL:
-        gather_rows(tile.rows, tile.mask_rows, 1 if shared else tile.lanes,
-                    begin * call.mask.col, nk, &call.mask, kernels.real_bytes, head.gathered)
+        for i in range(1 if shared else tile.lanes):
+            tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
+            if not call.mask.direct:
+                read_reals(call, head.gathered + i * nk * kernels.real_bytes, &call.mask,
+                           tile.rows[i], nk)
+                tile.rows[i] = head.gathered + i * nk * kernels.real_bytes
         kernels.bias(head.S, nk, tile.nvec, tile.rows, shared, tile.allow)
 
 
 cdef void attend_block(const Call *call, const Head *head, Tile *tile,
-                       int64_t begin) noexcept nogil:
-    """One step of the online softmax: the keys from `begin` on against one tile."""
+                       Block *block) noexcept nogil:
+    """One step of the online softmax: the keys of a block against one tile."""
     cdef const qkv_tile_kernels *kernels = call.kernels
-    if begin > tile.last_max or begin + call.block_k <= tile.first_min:
+    cdef int64_t begin = block.begin
+    if begin > tile.last_max or begin + block.nk <= tile.first_min:
         return
-    cdef Py_ssize_t nk = min(call.block_k, tile.last_max + 1 - begin)
+    cdef Py_ssize_t nk = min(block.nk, tile.last_max + 1 - begin)
+    cdef bint bias = head.mask != NULL and call.mask.type != QKV_BOOL
     cdef bint partial = (head.mask != NULL or tile.first_max > begin
                          or tile.last_min < begin + nk - 1)
-    if partial and not allow_in_block(call, tile, begin, nk):
-        return
-    cdef Py_ssize_t stride, k
-    cdef const char *block = rows_for_kernel(
-        call, &call.key, head.key + begin * call.key.row, nk, call.head_dim, head.gathered, &stride)
-    kernels.scores(head.S, tile.Qt, block, stride, nk, call.head_dim, tile.nvec)
-    modify_scores(call, head, tile, begin, nk)
+    cdef uint64_t seen = ~<uint64_t>0
+    cdef Py_ssize_t k
     if partial:
+        seen = allow_in_block(call, tile, begin, nk)
+        if not seen:
+            return
+        partial = bias or not sees_all(tile, nk)
+    if partial:
+        find_spans(call, tile, nk)
+        while not tile.allow[nk - 1]:
+            nk -= 1
+    if block.keys == NULL:
+        load_keys(call, head, block)
+    kernels.scores(head.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
+                   tile.span if partial else NULL)
+    if call.modified:
+        modify_scores(call, head, tile, begin, nk)
+    if bias:
+        seen = 0
         for k in range(nk):
-            tile.seen |= tile.allow[k]
-    else:
-        tile.seen = ~<uint64_t>0
-    kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.row_max,
-                    tile.row_sum, tile.decay)
+            seen |= tile.allow[k]
+        partial = not sees_all(tile, nk)
+    tile.seen |= seen
+    kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
+                    1.0 if call.modified else call.score_factor, tile.row_max, tile.row_sum,
+                    tile.decay)
     cdef const void *decay = NULL if tile.fresh else tile.decay
+    cdef const qkv_span *span = tile.span if partial else NULL
     tile.fresh = False
-    cdef const char *values = head.value + begin * call.value.row
-    block = rows_for_kernel(call, &call.value, values, nk, call.v_dim, head.gathered, &stride)
-    if not partial or kernels.all_finite(block, stride, nk, call.v_dim):
-        kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, decay)
+    if block.value_rows == NULL:
+        load_value_rows(call, head, block)
+    # A probability of 0, of an excluded key or of padding, times infinity is NaN.
+    if block.finite < 0 and (partial or kernels.depth_step > 1 and nk < block.nk):
+        block.finite = kernels.all_finite(block.value_rows, block.row_stride, block.nk,
+                                          call.v_dim)
+    if block.finite == 0 and (partial or nk < block.nk):
+        # What is not finite is kept out of the product, and goes to the rows that may see it
+        # afterwards.
+        clean_values(call, head, block)
+        kernels.accumulate(tile.acc, head.S, block.values, block.value_stride, nk, call.v_dim,
+                           tile.nvec, decay, span)
+        kernels.accumulate_odd(tile.acc, head.S, block.value_rows, block.row_stride, nk,
+                               call.v_dim, tile.nvec)
+        block.values = NULL
         return
-    # 0 * inf is NaN: what is not finite is kept out of the product, and goes to the rows that may
-    # see it afterwards.
-    block = clean_rows(call, head, block, nk, &stride)
-    kernels.accumulate(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec, decay)
-    block = rows_for_kernel(call, &call.value, values, nk, call.v_dim, head.gathered, &stride)
-    kernels.accumulate_odd(tile.acc, head.S, block, stride, nk, call.v_dim, tile.nvec)
+    if block.values == NULL:
+        pack_values(call, head, block, block.value_rows, block.row_stride)
+    kernels.accumulate(tile.acc, head.S, block.values, block.value_stride, nk, call.v_dim,
+                       tile.nvec, decay, span)
 
 
 cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:
@@ -419,8 +562,11 @@ cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept no
     call.kernels.store_rows(<char **>tile.rows, tile.count, tile.acc, call.v_dim, tile.nvec,
                             tile.weight)
     for i in range(tile.count):
-        qkv_write_row(tile.out_rows[i], tile.rows[i], real_bytes, call.v_dim, call.out.col,
-                      call.out.type)
+        if call.kernels.narrow != NULL and call.out.col == 2 and call.out.type != QKV_FLOAT32:
+            call.kernels.narrow(tile.out_rows[i], tile.rows[i], call.v_dim, call.out.type)
+        else:
+            qkv_write_row(tile.out_rows[i], tile.rows[i], real_bytes, call.v_dim, call.out.col,
+                          call.out.type)
 
 
 cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept nogil:
@@ -451,6 +597,9 @@ cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept no
     cdef int tiles = 0, i
     cdef int64_t begin = UNBOUNDED, last = -1
     cdef Tile *tile
+    cdef Block block
+    if call.kernels.enter != NULL:
+        call.kernels.enter()
     while tiles < call.tiles_per_task and row_begin < rows:
         tile = <Tile *>(tile_scratch + tiles * call.tile_bytes)
         tile.Qt = <char *>tile + TILE_BYTES
@@ -468,11 +617,17 @@ cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept no
         tiles += 1
     begin = begin // call.block_k * call.block_k
     while begin <= last:
+        memset(&block, 0, sizeof(Block))
+        block.begin = begin
+        block.nk = min(call.block_k, last + 1 - begin)
+        block.finite = -1
         for i in range(tiles):
-            attend_block(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes), begin)
+            attend_block(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes), &block)
         begin += call.block_k
     for i in range(tiles):
         close_tile(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes))
+    if call.kernels.leave != NULL:
+        call.kernels.leave()
 
 
 cdef void finish_row(const Call *call, Tile *tile, int i, bint seen, Py_ssize_t head,
@@ -591,31 +746,42 @@ def load_blas():
     from . import _blas
 
     cdef int index, wide
-    cdef const qkv_tile_kernels *table
-    for index in range(MAX_TABLES):
+    for index in range(len(isas())):
         for wide in range(2):
-            table = qkv_tile_table(index, 8 if wide else 4)
-            if table == NULL:
-                break
-            blas_tables[index][wide] = table[0]
+            blas_tables[index][wide] = qkv_tile_table(
+                index, QKV_FLOAT64 if wide else QKV_FLOAT32)[0]
             blas_tables[index][wide].tile_q = MAX_LANES
             _blas.install(<size_t>&blas_tables[index][wide].scores,
                           <size_t>&blas_tables[index][wide].accumulate, wide)
     blas_loaded = True
 
 
+cdef dict isa_index = {}    # of those that run
+cdef int each = 0
+while qkv_isa_name(each) != NULL:
+    if qkv_isa_runs(each):
+        isa_index[qkv_isa_name(each).decode()] = each
+    each += 1
+
+
 def isas():
-    """Names of the SIMD tables that this machine can execute, weakest first."""
-    names = []
-    cdef int index = 0
-    while qkv_tile_table(index, 4) != NULL:
-        if qkv_tile_table_runs(index):
-            names.append(qkv_tile_table(index, 4).isa.decode())
-        index += 1
-    return tuple(names)
+    """Names of the ISAs that this machine can execute, weakest first."""
+    return tuple(isa_index)
 
 
-cdef dict table_index = {name: index for index, name in enumerate(isas())}
+cdef const qkv_tile_kernels *table_of(int index, int type) noexcept:
+    """The kernels that an ISA has for an element type: those of float, where none are its own."""
+    cdef const qkv_tile_kernels *kernels = qkv_tile_table(index, type)
+    return qkv_tile_table(index, QKV_FLOAT32) if kernels == NULL else kernels
+
+
+def best_isa(int type):
+    """Name of the weakest ISA with the fastest kernels for an element type."""
+    cdef int index, best = 0
+    for index in isa_index.values():
+        if qkv_isa_pays(index) and table_of(index, type) != table_of(best, type):
+            best = index
+    return qkv_isa_name(best).decode()
 
 
 def info():
@@ -624,38 +790,46 @@ def info():
             "threading": f"OpenMP {QKV_OPENMP}" if QKV_OPENMP else "own pool"}
 
 
+cdef Py_ssize_t FMA_ROUNDS = 100_000
+
+
 cdef void run_fma_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
-    (<const qkv_tile_kernels *>context).fma_chain(1_000_000)
+    cdef const qkv_tile_kernels *kernels = <const qkv_tile_kernels *>context
+    if kernels.enter != NULL:
+        kernels.enter()
+    kernels.fma_chain(FMA_ROUNDS)
+    if kernels.leave != NULL:
+        kernels.leave()
 
 
-def fma_peak(int threads, double seconds=0.2):
-    """GFLOP/s of float32 multiply-adds in registers, with the strongest ISA: the speed limit."""
-    cdef const qkv_tile_kernels *kernels = qkv_tile_table(len(isas()) - 1, 4)
+def fma_peak(int threads, double seconds=0.2, int type=QKV_FLOAT32, isa=None):
+    """GFLOP/s of multiply-adds in registers as the kernels for a type do them: the speed limit."""
+    cdef const qkv_tile_kernels *kernels = table_of(isa_index[isa or best_isa(type)], type)
     rounds = 0
     begin = time.perf_counter()
     elapsed = 0.0
     while elapsed < seconds:
         with nogil:
-            qkv_run_tasks(run_fma_task, kernels, 4 * threads, threads)
+            qkv_run_tasks(run_fma_task, kernels, 8 * threads, threads)
         rounds += 1
         elapsed = time.perf_counter() - begin
-    return 2.0 * 24 * kernels.lanes * 1e6 * 4 * threads * rounds / elapsed / 1e9
+    return 8e-9 * threads * rounds * FMA_ROUNDS * kernels.fma_chain_flop / elapsed
 
 
 cdef void set_operand(Operand *operand, cnp.ndarray array, int type, Py_ssize_t batch_ndim,
-                      const qkv_tile_kernels *kernels) noexcept:
+                      int direct_type) noexcept:
     """(*batch, heads, rows, columns); an axis of one element has no say in `direct`."""
     cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(array)
-    cdef int real_type = QKV_FLOAT32 if kernels.real_bytes == 4 else QKV_FLOAT64
+    cdef Py_ssize_t item = 2 if direct_type == QKV_BFLOAT16 else 8 if direct_type == QKV_FLOAT64 else 4
     operand.data = <char *>cnp.PyArray_DATA(array)
     operand.batch_strides = strides
     operand.head = strides[batch_ndim]
     operand.row = strides[batch_ndim + 1]
     operand.col = strides[batch_ndim + 2]
     operand.type = type
-    operand.direct = type == real_type and (
-        operand.col == kernels.real_bytes or shape[batch_ndim + 2] <= 1)
+    operand.direct = type == direct_type and (
+        operand.col == item or shape[batch_ndim + 2] <= 1)
 
 
 cdef void limit_to_blas(Operand *operand, Py_ssize_t count, Py_ssize_t length,
@@ -686,14 +860,14 @@ def run(problem, str tiles, str isa):
     cdef int out_type = problem.out_code
     cdef bint wide = out_type == QKV_FLOAT64
     cdef bint blas = tiles == "blas"
-    cdef int index = table_index[isa]
+    cdef int index = isa_index[isa]
     cdef const qkv_tile_kernels *kernels
     if blas:
         if not blas_loaded:
             load_blas()
         kernels = &blas_tables[index][wide]
     else:
-        kernels = qkv_tile_table(index, 8 if wide else 4)
+        kernels = table_of(index, out_type)
 
     cdef Call call
     memset(&call, 0, sizeof(Call))
@@ -710,16 +884,17 @@ def run(problem, str tiles, str isa):
     if cnp.PyArray_SIZE(out) == 0 and problem.lse is None or call.num_kv_heads == 0:
         return
     call.group = shape[nb] // call.num_kv_heads
-    set_operand(&call.query, query, problem.query_code, nb, kernels)
-    set_operand(&call.key, key, problem.key_code, nb, kernels)
-    set_operand(&call.value, value, problem.value_code, nb, kernels)
-    set_operand(&call.out, out, out_type, nb, kernels)
+    cdef int real_type = QKV_FLOAT64 if wide else QKV_FLOAT32
+    set_operand(&call.query, query, problem.query_code, nb, kernels.operand)
+    set_operand(&call.key, key, problem.key_code, nb, kernels.operand)
+    set_operand(&call.value, value, problem.value_code, nb, kernels.operand)
+    set_operand(&call.out, out, out_type, nb, real_type)
     if blas:
         call.fixed_nvec = kernels.tile_q // kernels.lanes
         limit_to_blas(&call.key, call.kv_len, call.head_dim, kernels.real_bytes)
         limit_to_blas(&call.value, call.kv_len, call.v_dim, kernels.real_bytes)
     if problem.attn_mask is not None:
-        set_operand(&call.mask, problem.attn_mask, problem.mask_code, nb, kernels)
+        set_operand(&call.mask, problem.attn_mask, problem.mask_code, nb, real_type)
     if problem.query_offset is not None:
         set_vector(&call.query_offset, problem.query_offset, nb)
     if problem.key_lengths is not None:
@@ -731,8 +906,14 @@ def run(problem, str tiles, str isa):
         call.sinks = <const double *>cnp.PyArray_DATA(sinks)
     if problem.lse is not None:
         call.lse = <char *>cnp.PyArray_DATA(<cnp.ndarray>problem.lse)
-    call.scale = problem.scale
     call.softcap = problem.softcap
+    call.modified = (call.softcap != 0 or call.slopes.data != NULL
+                     or call.mask.data != NULL and call.mask.type != QKV_BOOL)
+    call.query_factor = problem.scale * LOG2E
+    call.score_factor = 1
+    if kernels.operand == QKV_BFLOAT16:  # queries stay as they are: no rounding but the caller's
+        call.score_factor = abs(call.query_factor)
+        call.query_factor = -1 if call.query_factor < 0 else 1
     call.left = problem.left
     call.right = problem.right
 
@@ -745,8 +926,11 @@ def run(problem, str tiles, str isa):
     cdef int budget = problem.num_threads
     call.block_k = BLOCK_K if widest <= WIDE else BLOCK_K_WIDE
     call.tiles = (call.group * call.q_len + kernels.tile_q - 1) // kernels.tile_q
+    call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
     call.tiles_per_task = 1
-    if call.kv_len * (call.head_dim + call.v_dim) * kernels.real_bytes > SHARED_KEYS:
+    # Keys and values that must be converted or packed once for several tiles, or fetched from far.
+    if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
+            or call.kv_len * (call.head_dim + call.v_dim) * call.operand_bytes > SHARED_KEYS):
         while (call.tiles_per_task < MAX_TILES_PER_TASK and batches * call.num_kv_heads
                * call.tiles > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
             call.tiles_per_task *= 2
@@ -755,11 +939,22 @@ def run(problem, str tiles, str isa):
     if call.tasks == 0:
         return
     cdef Py_ssize_t row_bytes = kernels.tile_q * kernels.real_bytes
-    call.gathered_at = round_up(call.block_k * row_bytes)
-    call.tiles_at = call.gathered_at + round_up(
+    cdef Py_ssize_t keys = (call.block_k + PACKED_STEP - 1) // PACKED_STEP * PACKED_STEP
+    cdef Py_ssize_t depth = (call.head_dim + PACKED_STEP - 1) // PACKED_STEP * PACKED_STEP
+    cdef Py_ssize_t v_depth = (call.v_dim + PACKED_STEP - 1) // PACKED_STEP * PACKED_STEP
+    cdef Py_ssize_t step = kernels.depth_step
+    call.key_bytes = (call.head_dim + step - 1) // step * step * call.operand_bytes
+    call.packed_stride = keys * call.operand_bytes
+    call.gathered_at = round_up(keys * row_bytes)
+    call.keys_at = call.gathered_at + round_up(
         max(call.block_k, kernels.tile_q) * max(widest, call.block_k) * kernels.real_bytes)
-    call.acc_at = TILE_BYTES + round_up(call.head_dim * row_bytes)
-    call.tile_bytes = call.acc_at + round_up(call.v_dim * row_bytes)
+    call.values_at = call.keys_at + round_up(keys * call.key_bytes)
+    call.packed_at = call.values_at + round_up(keys * call.v_dim * call.operand_bytes)
+    call.tiles_at = call.packed_at
+    if kernels.pack_values != NULL:
+        call.tiles_at += round_up(v_depth * call.packed_stride)
+    call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
+    call.tile_bytes = call.acc_at + round_up(v_depth * row_bytes)
     call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.tile_bytes
 
     active_calls += 1

@@ -240,7 +240,7 @@ def _as_array(name: str, given: Any) -> Array:
         ) from None
 
 
-def _code(dtype: np.dtype[Any]) -> int:
+def code_of(dtype: np.dtype[Any]) -> int:
     """Return the code of an element type, or -1."""
     code = _CODES.get(dtype.num, -1)
     if code < 0 and dtype.name == "bfloat16" and dtype.itemsize == 2:
@@ -250,9 +250,9 @@ def _code(dtype: np.dtype[Any]) -> int:
 
 def _set_codes(p: Problem, query: Array, key: Array, value: Array) -> None:
     p.query_code, p.key_code, p.value_code = codes = (
-        _code(query.dtype),
-        _code(key.dtype),
-        _code(value.dtype),
+        code_of(query.dtype),
+        code_of(key.dtype),
+        code_of(value.dtype),
     )
     p.out_code = codes[0] & ~SWAPPED
     if min(codes) < 0 or any(code & ~SWAPPED != p.out_code for code in codes):
@@ -322,7 +322,7 @@ def _check_groups(num_heads: int, num_kv_heads: int, enable_gqa: Any) -> None:
 
 def _set_mask(p: Problem, given: Any, shape: tuple[int, ...]) -> None:
     mask = given if type(given) is np.ndarray else _as_array("attn_mask", given)
-    p.mask_code = BOOL if mask.dtype == np.bool_ else _code(mask.dtype)
+    p.mask_code = BOOL if mask.dtype == np.bool_ else code_of(mask.dtype)
     if p.mask_code < 0:
         raise TypeError(
             f"attn_mask has dtype {mask.dtype}: it must be bool (True = may attend) or {_ACCEPTED} "
@@ -370,7 +370,7 @@ def _number(name: str, given: Any) -> float:
 def _reals(name: str, given: Any) -> Array:
     """Return a float64 array of the real numbers that were given, as an array or in lists."""
     array = _plain(name, given)
-    if array.dtype.kind not in "fiu" and _code(array.dtype) != BFLOAT16:
+    if array.dtype.kind not in "fiu" and code_of(array.dtype) != BFLOAT16:
         raise TypeError(f"{name} has dtype {array.dtype}: real numbers are needed")
     return array.astype(np.float64)
 
@@ -435,7 +435,7 @@ def _set_output(
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.shape != expected:
         raise ValueError(f"out has shape {out.shape}: the result's shape is {expected}")
-    if _code(out.dtype) & ~SWAPPED != p.out_code:
+    if code_of(out.dtype) & ~SWAPPED != p.out_code:
         raise TypeError(f"out has dtype {out.dtype}: the result's dtype is {dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")

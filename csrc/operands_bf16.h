@@ -1,0 +1,126 @@
+/* The kernels that touch operands, where an operand is a bfloat16 and the products take pairs of
+ * them: included by tile_tmpl.h. A pair fills the place of a float in vectors and scratch. */
+#define OPERAND QKV_BFLOAT16
+#ifndef DEPTH_STEP
+#define DEPTH_STEP 2
+#endif
+
+/* Qt[d / 2][i] = the pair (rows[i][d], rows[i][d + 1]), zeros beyond D. */
+static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double mult)
+{
+    real *Qt = Qt_;
+    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES, bytes = 2 * D;
+    const ptrdiff_t pairs = (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
+    for (int v = 0; v < nvec; v++) {
+        const char *const *row = rows + v * LANES;
+        for (ptrdiff_t d = 0; d < pairs; d += LANES) {
+            vec x[LANES];
+            const ptrdiff_t n = bytes - 4 * d < 4 * LANES ? bytes - 4 * d : 4 * LANES;
+            if (n == 4 * LANES)
+                for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + 4 * d));
+            else
+                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + 4 * d, n);
+            v_transpose(x);
+            for (ptrdiff_t i = 0; i < LANES && d + i < pairs; i++)
+                v_store(Qt + (d + i) * ld + v * LANES, mult < 0 ? v_negate_pairs(x[i]) : x[i]);
+        }
+    }
+}
+
+/* Blocks of 32 keys x 32 elements: two transposes of pairs (d, d + 1), then pairs (k, k + 1). */
+static void pack_values(void *Vt_, ptrdiff_t packed_stride, const char *V, ptrdiff_t v_stride,
+                        ptrdiff_t nk, ptrdiff_t Dv)
+{
+    for (ptrdiff_t k = 0; k < nk; k += 2 * LANES) {
+        for (ptrdiff_t d = 0; d < Dv; d += 2 * LANES) {
+            vec x[2][LANES];
+            const ptrdiff_t n = Dv - d < 2 * LANES ? 2 * (Dv - d) : 4 * LANES;
+            const char *from = V + k * v_stride + 2 * d;
+            for (int half = 0; half < 2; half++) {
+                for (ptrdiff_t i = 0; i < LANES; i++, from += v_stride) {
+                    if (k + half * LANES + i >= nk)
+                        x[half][i] = v_set1(0);
+                    else
+                        x[half][i] = n == 4 * LANES ? v_load((const real *)from)
+                                                    : load_part(from, n);
+                }
+                v_transpose(x[half]);
+            }
+            char *to = (char *)Vt_ + d * packed_stride + 2 * k;
+            for (int i = 0; i < LANES; i++, to += 2 * packed_stride) {
+                v_store((real *)to, v_first_of_pairs(x[0][i], x[1][i]));
+                v_store((real *)(to + packed_stride), v_second_of_pairs(x[0][i], x[1][i]));
+            }
+        }
+    }
+}
+#define PACK_VALUES pack_values
+
+/* P as the softmax stores it: pairs of keys, in the first half of the place of the scores. k is
+ * even; p[count] is -0.0 when count is odd. */
+INLINE void store_weights(real *S, ptrdiff_t ld, ptrdiff_t k, const vec *p, const int count)
+{
+    for (int i = 0; i < count; i += 2)
+        v_store(S + (k + i) / 2 * ld, v_to_pairs(p[i], p[i + 1]));
+}
+
+/* -0.0 where P was not written, up to the padded end. */
+INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nk)
+{
+    const vec none = v_to_pairs(v_set1(-0.0f), v_set1(-0.0f));
+    const ptrdiff_t padded = (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
+    for (ptrdiff_t k = 0; k < begin / 2; k++) v_store(S + k * ld, none);
+    for (ptrdiff_t k = (end + 1) / 2; k < padded; k++) v_store(S + k * ld, none);
+}
+
+static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
+                           ptrdiff_t nk, ptrdiff_t Dv, int nvec)
+{
+    real *acc = acc_;
+    const real *P = P_;
+    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
+    for (ptrdiff_t k = 0; k < nk; k++) {
+        for (ptrdiff_t d = 0; d < Dv; d++) {
+            uint16_t bits;
+            memcpy(&bits, V + k * v_stride + 2 * d, sizeof bits);
+            if ((bits & 0x7f80u) != 0x7f80u) continue;
+            const vec x = v_set1(float_of_bfloat(bits));
+            for (int v = 0; v < nvec; v++) {
+                real *c = acc + d * ld + v * LANES;
+                const vec pair = v_load(P + k / 2 * ld + v * LANES), sum = v_load(c);
+                const vec p = k % 2 ? v_second_of_pair(pair) : v_first_of_pair(pair);
+                v_store(c, v_select_negative(p, sum, v_fma(x, p, sum)));
+            }
+        }
+    }
+}
+
+static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv)
+{
+    int odd = 0;
+    for (ptrdiff_t k = 0; k < nk; k++, V += v_stride) {
+        for (ptrdiff_t d = 0; d < Dv; d++) {
+            uint16_t bits;
+            memcpy(&bits, V + 2 * d, sizeof bits);
+            odd |= (bits & 0x7f80u) == 0x7f80u;
+        }
+    }
+    return !odd;
+}
+
+/* Spans are not used: what they would save is little beside the padding that they would need. */
+static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
+                   ptrdiff_t D, int nvec, const qkv_span *span)
+{
+    (void)span;
+    product(S, Qt, K, k_stride, 4, (nk + ROW_STEP - 1) / ROW_STEP * ROW_STEP,
+            (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, NULL, NULL, 0);
+}
+
+static void accumulate(void *acc, const void *P, const char *Vt, ptrdiff_t v_stride, ptrdiff_t nk,
+                       ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span)
+{
+    (void)span;
+    product(acc, P, Vt, v_stride, 4, (Dv + ROW_STEP - 1) / ROW_STEP * ROW_STEP,
+            (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, decay, NULL, 0);
+}

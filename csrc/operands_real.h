@@ -1,0 +1,84 @@
+/* The kernels that touch operands, where an operand is a real: included by tile_tmpl.h. */
+#define DEPTH_STEP 1
+#define PACK_VALUES NULL
+#define OPERAND (REAL_BITS == 32 ? QKV_FLOAT32 : QKV_FLOAT64)
+
+static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double mult)
+{
+    real *Qt = Qt_;
+    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
+    const vec factor = v_set1((real)mult);
+    for (int v = 0; v < nvec; v++) {
+        const char *const *row = rows + v * LANES;
+        for (ptrdiff_t d = 0; d < D; d += LANES) {
+            vec x[LANES];
+            const ptrdiff_t n = D - d < LANES ? D - d : LANES;
+            const ptrdiff_t at = d * (ptrdiff_t)sizeof(real);
+            if (n == LANES)
+                for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + at));
+            else
+                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + at, n * (ptrdiff_t)sizeof(real));
+            v_transpose(x);
+            for (ptrdiff_t i = 0; i < n; i++)
+                v_store(Qt + (d + i) * ld + v * LANES, v_mul(x[i], factor));
+        }
+    }
+}
+
+/* P as the softmax stores it: where the scores were. */
+INLINE void store_weights(real *S, ptrdiff_t ld, ptrdiff_t k, const vec *p, const int count)
+{
+    for (int i = 0; i < count; i++) v_store(S + (k + i) * ld, p[i]);
+}
+
+/* -0.0 where P was not written. */
+INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nk)
+{
+    for (ptrdiff_t k = 0; k < begin; k++) v_store(S + k * ld, v_set1((real)-0.0));
+    for (ptrdiff_t k = end; k < nk; k++) v_store(S + k * ld, v_set1((real)-0.0));
+}
+
+static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
+                           ptrdiff_t nk, ptrdiff_t Dv, int nvec)
+{
+    real *acc = acc_;
+    const real *P = P_;
+    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
+    for (ptrdiff_t k = 0; k < nk; k++) {
+        for (ptrdiff_t d = 0; d < Dv; d++) {
+            const real x = load_real(V + k * v_stride + d * (ptrdiff_t)sizeof(real));
+            if (x - x == 0) continue;
+            for (int v = 0; v < nvec; v++) {
+                real *c = acc + d * ld + v * LANES;
+                const vec p = v_load(P + k * ld + v * LANES), sum = v_load(c);
+                v_store(c, v_select_negative(p, sum, v_fma(v_set1(x), p, sum)));
+            }
+        }
+    }
+}
+
+static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv)
+{
+    const vec zero = v_set1(0);
+    vec sum = zero; /* x * 0 is 0, or NaN where x is not finite */
+    for (ptrdiff_t k = 0; k < nk; k++, V += v_stride) {
+        ptrdiff_t d = 0;
+        for (; d + LANES <= Dv; d += LANES)
+            sum = v_fma(v_load((const real *)(V + d * (ptrdiff_t)sizeof(real))), zero, sum);
+        if (d < Dv)
+            sum = v_fma(load_part(V + d * (ptrdiff_t)sizeof(real), (Dv - d) * (ptrdiff_t)sizeof(real)), zero, sum);
+    }
+    return v_le_bits(sum, zero) == ALL_LANES;
+}
+
+static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
+                   ptrdiff_t D, int nvec, const qkv_span *span)
+{
+    product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL, span, 1);
+}
+
+static void accumulate(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
+                       ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span)
+{
+    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, decay, span, 0);
+}

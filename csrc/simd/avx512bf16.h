@@ -1,0 +1,43 @@
+/* The vocabulary on AVX-512 with BF16: avx512.h, and pairs of bfloat16 in the place of a float. */
+#include "avx512.h"
+
+/* c + a0 * b0 + a1 * b1 over the pairs of each lane. */
+VOCABULARY vec v_dot_pairs(vec a, vec b, vec c)
+{
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+VOCABULARY vec v_negate_pairs(vec x)
+{
+    return (vec)_mm512_xor_si512((__m512i)x, _mm512_set1_epi32((int)0x80008000u));
+}
+VOCABULARY vec v_interleave(vec low_high) /* 16 firsts and 16 seconds to 16 pairs */
+{
+    const __m512i order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+        3, 18, 2, 17, 1, 16, 0);
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)low_high);
+}
+VOCABULARY vec v_to_pairs(vec first, vec second) /* rounded to nearest even */
+{
+    return v_interleave((vec)_mm512_cvtne2ps_pbh(second, first));
+}
+VOCABULARY vec v_first_of_pair(vec x) { return (vec)_mm512_slli_epi32((__m512i)x, 16); }
+VOCABULARY vec v_second_of_pair(vec x)
+{
+    return (vec)_mm512_and_si512((__m512i)x, _mm512_set1_epi32((int)0xffff0000u));
+}
+/* The first elements of 16 and 16 pairs, in order; likewise the second. */
+VOCABULARY vec v_first_of_pairs(vec a, vec b)
+{
+    const __m512i order = _mm512_set_epi16(
+        62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18,
+        16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return (vec)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
+}
+VOCABULARY vec v_second_of_pairs(vec a, vec b)
+{
+    const __m512i order = _mm512_set_epi16(
+        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
+        17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return (vec)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
+}
