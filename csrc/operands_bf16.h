@@ -15,16 +15,18 @@ static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec,
         const char *const *row = rows + v * LANES;
         for (ptrdiff_t d = 0; d < pairs; d += LANES) {
             vec x[LANES];
-            const ptrdiff_t n = bytes - 4 * d < 4 * LANES ? bytes - 4 * d : 4 * LANES;
-            if (n == 4 * LANES)
-                for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + 4 * d));
-            else
-                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + 4 * d, n);
-            v_transpose(x);
+            load_columns(x, row, 4 * d, bytes - 4 * d);
             for (ptrdiff_t i = 0; i < LANES && d + i < pairs; i++)
                 v_store(Qt + (d + i) * ld + v * LANES, mult < 0 ? v_negate_pairs(x[i]) : x[i]);
         }
     }
+}
+
+/* Zeros in the lanes from `first` on. */
+INLINE void clear_lanes_from(vec x[LANES], ptrdiff_t first)
+{
+    const uint64_t live = first <= 0 ? 0 : ~(~UINT64_C(0) << first);
+    for (int i = 0; i < LANES; i++) x[i] = v_select(v_mask(live), x[i], v_set1(0));
 }
 
 /* Blocks of 32 keys x 32 elements: two transposes of pairs (d, d + 1), then pairs (k, k + 1). */
@@ -34,17 +36,14 @@ static void pack_values(void *Vt_, ptrdiff_t packed_stride, const char *V, ptrdi
     for (ptrdiff_t k = 0; k < nk; k += 2 * LANES) {
         for (ptrdiff_t d = 0; d < Dv; d += 2 * LANES) {
             vec x[2][LANES];
-            const ptrdiff_t n = Dv - d < 2 * LANES ? 2 * (Dv - d) : 4 * LANES;
-            const char *from = V + k * v_stride + 2 * d;
+            const ptrdiff_t bytes = 2 * (Dv - d);
             for (int half = 0; half < 2; half++) {
-                for (ptrdiff_t i = 0; i < LANES; i++, from += v_stride) {
-                    if (k + half * LANES + i >= nk)
-                        x[half][i] = v_set1(0);
-                    else
-                        x[half][i] = n == 4 * LANES ? v_load((const real *)from)
-                                                    : load_part(from, n);
-                }
-                v_transpose(x[half]);
+                const char *rows[LANES];
+                const ptrdiff_t first = k + half * LANES;
+                for (ptrdiff_t i = 0; i < LANES; i++)
+                    rows[i] = V + (first + i < nk ? first + i : nk - 1) * v_stride;
+                load_columns(x[half], rows, 2 * d, bytes);
+                if (first + LANES > nk) clear_lanes_from(x[half], nk - first);
             }
             char *to = (char *)Vt_ + d * packed_stride + 2 * k;
             for (int i = 0; i < LANES; i++, to += 2 * packed_stride) {

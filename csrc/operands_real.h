@@ -13,12 +13,7 @@ static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec,
         for (ptrdiff_t d = 0; d < D; d += LANES) {
             vec x[LANES];
             const ptrdiff_t n = D - d < LANES ? D - d : LANES;
-            const ptrdiff_t at = d * (ptrdiff_t)sizeof(real);
-            if (n == LANES)
-                for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + at));
-            else
-                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + at, n * (ptrdiff_t)sizeof(real));
-            v_transpose(x);
+            load_columns(x, row, d * (ptrdiff_t)sizeof(real), n * (ptrdiff_t)sizeof(real));
             for (ptrdiff_t i = 0; i < n; i++)
                 v_store(Qt + (d + i) * ld + v * LANES, v_mul(x[i], factor));
         }

@@ -9,12 +9,16 @@
 
 #define MAX_WORKERS 255
 
-/* How long an idle worker spins before it sleeps: long enough for the next call of a loop, short
- * enough not to stand in the way of the BLAS threads of the product that follows. Tuned on
- * benches/bench_interplay.py (a 256 x 256 product and a 1,12,128,64 call in turn): 0 us slows the
- * call alone by 15 %, 50 us slows the pair by 10 %, 200 us by 45 %. Between 4 and 15 us the
- * machine's drift was larger than any difference. */
-#define SPIN_NANOSECONDS 8000
+/* How long an idle worker spins before it sleeps, once no job runs any more: long enough for the
+ * next call of a loop, short enough not to stand in the way of the BLAS threads of the product that
+ * follows. Between two calls of 1,12,128,64 lie 9-13 us (float32) or 12-17 us (bfloat16) of Python with
+ * cold caches; a worker that slept through them costs the call 20 to 30 %. benches/bench_interplay.py
+ * (a 256 x 256 product and that call in turn): the pair takes the same 370-390 us with 8 to 24 us of
+ * spin, 400 us with 40, and 45 % more with 200. Behind a long job caches are colder (20 us at 0.7 ms,
+ * 45 us at 2.6 ms), and a longer spin costs less beside it. */
+#define SPIN_LEAST 18000 /* nanoseconds */
+#define SPIN_MOST 80000
+#define SPIN_SHARE 20 /* of the job's time */
 
 typedef struct { /* a thread's own range of tasks, on a cache line of its own */
     _Alignas(64) _Atomic ptrdiff_t next;
@@ -48,6 +52,7 @@ static worker workers[MAX_WORKERS];
 static int worker_count;
 static worker *idle;
 static pthread_mutex_t idle_mutex = PTHREAD_MUTEX_INITIALIZER;
+static atomic_int jobs; /* that run at the moment */
 static atomic_int forked;
 
 static void note_fork(void) { atomic_store(&forked, 1); }
@@ -118,14 +123,20 @@ static void unplace(worker *self)
 #endif
 }
 
-static job *await_job(worker *self)
+/* `began` is when the last job did. */
+static job *await_job(worker *self, long long began)
 {
     job *j;
-    const long long until = nanoseconds() + SPIN_NANOSECONDS;
+    long long until = 0, now;
     do {
         if ((j = claim(self))) return j;
         pause_briefly();
-    } while (nanoseconds() < until);
+        now = nanoseconds();
+        if (!until || atomic_load_explicit(&jobs, memory_order_relaxed)) {
+            const long long share = (now - began) / SPIN_SHARE;
+            until = now + (share < SPIN_LEAST ? SPIN_LEAST : share > SPIN_MOST ? SPIN_MOST : share);
+        }
+    } while (now < until);
     pthread_mutex_lock(&self->mutex);
     atomic_store(&self->asleep, 1);
     while (!(j = claim(self))) pthread_cond_wait(&self->wake, &self->mutex);
@@ -146,8 +157,9 @@ static void rest(worker *w)
 static void *work(void *argument)
 {
     worker *self = argument;
-    for (;;) {
-        job *j = await_job(self);
+    for (long long began = nanoseconds();;) {
+        job *j = await_job(self, began);
+        began = nanoseconds();
         take_part(j, self->thread);
         atomic_store_explicit(&self->job, NULL, memory_order_relaxed);
         rest(self);
@@ -213,6 +225,7 @@ void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int thre
         parts[i].end = count / j.threads * (i + 1) + min(i + 1, count % j.threads);
     }
     atomic_store(&j.running, hired);
+    atomic_fetch_add_explicit(&jobs, 1, memory_order_relaxed);
     for (int i = 0; i < hired; i++) give(mine[i], &j);
     take_part(&j, 0);
     /* Call off the workers that have not begun: another thread may have their CPU for long. */
@@ -227,4 +240,5 @@ void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int thre
         pause_briefly();
         if (spins > 1000) sched_yield(); /* the worker may be waiting for this CPU */
     }
+    atomic_fetch_sub_explicit(&jobs, 1, memory_order_relaxed);
 }

@@ -31,6 +31,25 @@ INLINE vec load_part(const char *p, ptrdiff_t bytes)
     return v_load(part);
 }
 
+#ifndef HAVE_LOAD_COLUMNS
+INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
+{
+    for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(rows[i] + at));
+    v_transpose(x);
+}
+#endif
+
+/* x[j] = the j-th real (or pair of bfloat16) at rows[i] + at, for each lane i; zeros past `bytes`. */
+INLINE void load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at, ptrdiff_t bytes)
+{
+    if (bytes >= (ptrdiff_t)sizeof(vec)) {
+        v_load_columns(x, rows, at);
+        return;
+    }
+    for (int i = 0; i < LANES; i++) x[i] = load_part(rows[i] + at, bytes);
+    v_transpose(x);
+}
+
 /* (2^x - 1) / x for |x| <= 1/2, a minimax polynomial: the relative error of 1 + x * it against
  * 2^x is 2e-9 in float and 4e-18 in double. For tanh, which needs precision on both sides of 0. */
 INLINE vec exp2_slope(vec x)
@@ -60,20 +79,20 @@ INLINE vec exp2_slope(vec x)
 /* 2^x for x <= 0; results below the smallest normal number are 0 (subnormals are slow, and no
  * more than rounding beside the row's largest weight, 1); NaN stays NaN. With x = n + f, n the floor,
  * 2^f = 1 + f * g(f) for a minimax polynomial g: relative error 2e-9 in float, 3e-18 in double. A
- * rough one, 9e-5, is enough where the result is rounded to bfloat16's 4e-3. */
+ * rough one, 3e-6, is enough where the result is rounded to bfloat16, 4e-3. */
 INLINE vec exp2_nonpositive(vec x, const int rough)
 {
     vec n;
     const vec f = v_fraction(x, &n);
 #if REAL_BITS == 32
-    vec g = v_set1(rough ? 0.077067041337628180067f : 0.00021612910951221658911f);
+    vec g = v_set1(rough ? 0.013426682640086255951f : 0.00021612910951221658911f);
     if (!rough) {
         g = v_fma(g, f, v_set1(0.0012467847551207965361f));
         g = v_fma(g, f, v_set1(0.0096754514550593455974f));
-        g = v_fma(g, f, v_set1(0.055485280669814803464f));
     }
-    g = v_fma(g, f, v_set1(rough ? 0.22764499247006594054f : 0.24022930554164043771f));
-    g = v_fma(g, f, v_set1(rough ? 0.6951167859196243533f : 0.69314704444416419636f));
+    g = v_fma(g, f, v_set1(rough ? 0.052242477222727445026f : 0.055485280669814803464f));
+    g = v_fma(g, f, v_set1(rough ? 0.24128020318582252272f : 0.24022930554164043771f));
+    g = v_fma(g, f, v_set1(rough ? 0.69304484511709280257f : 0.69314704444416419636f));
 #else
     vec g = v_set1(6.2634646009761470802e-10);
     (void)rough;
@@ -209,12 +228,7 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
         for (ptrdiff_t k = 0; k < nk; k += LANES) {
             vec x[LANES];
             const ptrdiff_t n = nk - k < LANES ? nk - k : LANES;
-            const ptrdiff_t at = k * (ptrdiff_t)sizeof(real);
-            if (n == LANES)
-                for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(row[i] + at));
-            else
-                for (int i = 0; i < LANES; i++) x[i] = load_part(row[i] + at, n * (ptrdiff_t)sizeof(real));
-            v_transpose(x);
+            load_columns(x, row, k * (ptrdiff_t)sizeof(real), n * (ptrdiff_t)sizeof(real));
             for (ptrdiff_t i = 0; i < n; i++) {
                 real *s = S + (k + i) * ld + v * LANES;
                 allow[k + i] &= ~(v_le_bits(x[i], minus_inf) << (v * LANES));

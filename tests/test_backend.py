@@ -14,26 +14,42 @@ import pytest
 from helpers import make, run_python
 
 import qkv_fast
-from qkv_fast import __main__, _backend, _threads
+from qkv_fast import __main__, _backend, _problem, _threads
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 WHICH = (
-    "import qkv_fast as q; from qkv_fast._backend import current as c; print(*c(), *c('float64'))"
+    "import qkv_fast as q; from qkv_fast._backend import current as c; "
+    "print(*c(), *c('float64'), *c('bfloat16'))"
 )
 
 
 def test_the_environment_chooses(native):
-    isas = _backend._native_module().isas()
-    strongest = isas[-1]
+    engine = _backend._native_module()
+    best, best16 = engine.best_isa(_problem.FLOAT32), engine.best_isa(_problem.BFLOAT16)
     for environment, expected in {
-        ("QKV_FAST_BACKEND", "python"): "python   python  ",
-        ("QKV_FAST_TILES", "blas"): f"native blas {strongest} native blas {strongest}",
-        ("QKV_FAST_TILES", "simd"): f"native simd {strongest} native simd {strongest}",
-        ("QKV_FAST_ISA", isas[0]): f"native simd {isas[0]} native blas {isas[0]}",
-        ("QKV_FAST_ISA", "auto"): f"native simd {strongest} native blas {strongest}",
+        ("QKV_FAST_BACKEND", "python"): ["python  "] * 3,
+        ("QKV_FAST_TILES", "blas"): [f"native blas {best}"] * 3,
+        ("QKV_FAST_TILES", "simd"): [f"native simd {isa}" for isa in (best, best, best16)],
+        ("QKV_FAST_ISA", "scalar"): [f"native {t} scalar" for t in ("simd", "blas", "simd")],
+        ("QKV_FAST_ISA", "auto"): [
+            f"native simd {best}",
+            f"native blas {best}",
+            f"native simd {best16}",
+        ],
     }.items():
         done = run_python(WHICH, **dict([environment]))
-        assert done.stdout.rstrip("\n") == expected, (environment, done.stderr)
+        assert done.stdout.rstrip("\n") == " ".join(expected), (environment, done.stderr)
+
+
+def test_the_best_isa_runs_and_is_the_weakest_with_its_kernels(native):
+    engine = _backend._native_module()
+    order = engine.isas()
+    assert order[0] == "scalar"
+    assert list(order) == [isa for isa in _backend.ISAS if isa in order]
+    single, double, half, brain = (engine.best_isa(code) for code in range(4))
+    assert single == double == half  # float16 is computed by the float32 kernels
+    assert single in ("scalar", "avx2", "avx512")
+    assert order.index(brain) >= order.index(single)
 
 
 @pytest.mark.parametrize("name", ["QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA"])
@@ -48,6 +64,10 @@ def test_asking_for_an_isa_that_is_not_there_raises(native, monkeypatch):
         @staticmethod
         def isas() -> tuple[str, ...]:
             return ("scalar",)
+
+        @staticmethod
+        def best_isa(code: int) -> str:
+            return "scalar"
 
     monkeypatch.setattr(_backend, "_native", Weak)
     monkeypatch.setattr(_backend, "_environment", ("auto", "auto", "auto"))

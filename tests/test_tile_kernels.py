@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+ml_dtypes = pytest.importorskip("ml_dtypes")
 pytest.importorskip("qkv_fast._engine", reason="no native engine")
 
 from tile_tables import Table, address, pointers, tables
 
-TABLES = tables(4) + tables(8)
+from qkv_fast._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+
+TABLES = tables(FLOAT32) + tables(FLOAT64)
 GUARD = 1234.5
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(params=TABLES, ids=lambda t: f"{t.isa.decode()}-f{t.real_bytes * 8}")
@@ -37,6 +41,12 @@ def close(table: Table, actual: np.ndarray, expected: np.ndarray) -> None:
     assert (actual[-1] == GUARD).all()
     eps = np.finfo(real(table)).eps
     np.testing.assert_allclose(actual[:-1], expected, rtol=40 * eps, atol=40 * eps)
+
+
+def spans(bits: np.ndarray, lanes: int) -> np.ndarray:
+    """Return [begin, end) of the keys that each vector of lanes needs, given [nk][ld]."""
+    needed = [b.any(1).nonzero()[0] for b in np.split(bits, bits.shape[1] // lanes, axis=1)]
+    return np.array([(n[0], n[-1] + 1) if n.size else (0, 0) for n in needed], np.intc)
 
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 25, 33, 64]
@@ -71,7 +81,8 @@ def test_both_products(table, rng):
                 a = rng.standard_normal((rows, red + 3)).astype(real(table))
                 b = rng.standard_normal((red, ld)).astype(real(table))
                 c = scratch(table, np.full((rows, ld), 9.0))
-                table.scores(address(c), address(b), address(a), a.strides[0], rows, red, nvec)
+                table.scores(address(c), address(b), address(a), a.strides[0], rows, red, nvec,
+                             None)  # fmt: skip
                 close(table, c, a[:, :red].astype(float) @ b)
                 at = np.ascontiguousarray(a.T)
                 decay = rng.random(ld).astype(real(table))
@@ -79,7 +90,7 @@ def test_both_products(table, rng):
                     acc = scratch(table, np.full((rows, ld), 2.0))
                     table.accumulate(
                         address(acc), address(b), address(at), at.strides[0], red, rows, nvec,
-                        address(decay) if decayed else None,
+                        address(decay) if decayed else None, None,
                     )  # fmt: skip
                     close(table, acc, at.T[:, :red].astype(float) @ b + 2 * decay * decayed)
 
@@ -103,8 +114,9 @@ def test_softmax_is_online(table, rng):
                     )
                 s = scratch(table, block)
                 before = top.copy()
+                span = spans(bits, table.lanes)
                 table.softmax(
-                    address(s), nk, nvec, address(allow) if limited else None,
+                    address(s), nk, nvec, address(allow) if limited else None, address(span), 1.0,
                     address(top), address(total), address(decay),
                 )  # fmt: skip
                 seen.append(np.where(bits, block.astype(real(table)).astype(float), -np.inf))
@@ -188,3 +200,218 @@ def test_what_is_not_finite(table, rng):
             expected = np.ones((d, ld))
             expected[d - 1, 1::2] += bad
             close(table, acc, expected)
+
+
+def test_limit_mask(table, rng):
+    for nvec in widths(table):
+        ld = nvec * table.lanes
+        for nk in (1, 7, 64, 65, 128):
+            for stride in (1, 3):
+                rows = rng.random((ld, nk * stride)) > 0.5
+                allow = np.full(nk + 1, 2**64 - 1, np.uint64)
+                table.limit_mask(address(allow), nk, nvec, address(pointers(rows)), stride)
+                bits = allow[:nk, None] >> np.arange(ld, dtype=np.uint64) & np.uint64(1)
+                np.testing.assert_array_equal(bits, rows[:, ::stride].T)
+                assert allow[nk] == 2**64 - 1
+
+
+def test_a_span_limits_the_products(table, rng):
+    """Inside the spans the result is the same to the bit; outside, scores are not written."""
+    nvec, nk, d = len(widths(table)), 32, 20
+    ld = nvec * table.lanes
+    k = rng.standard_normal((nk, d)).astype(real(table))
+    qt = rng.standard_normal((d, ld)).astype(real(table))
+    span = np.array([(3 * v % 5, nk - 4 * v) for v in range(nvec)], np.intc)
+    key = np.arange(nk)[:, None]
+    inside = (key >= span[:, 0]) & (key < span[:, 1])
+    inside = inside.repeat(table.lanes, axis=1)
+    whole, some = scratch(table, np.zeros((nk, ld))), scratch(table, np.zeros((nk, ld)))
+    scores = (address(qt), address(k), k.strides[0], nk, d, nvec)
+    table.scores(address(whole), *scores, None)
+    table.scores(address(some), *scores, address(span))
+    np.testing.assert_array_equal(some[:-1], np.where(inside, whole[:-1], 0))
+    p = np.where(inside, rng.random((nk, ld)), -0.0).astype(real(table))
+    acc = [scratch(table, np.ones((d, ld))) for _ in range(2)]
+    decay = rng.random(ld).astype(real(table))
+    for a, limits in zip(acc, (None, address(span)), strict=True):
+        table.accumulate(
+            address(a), address(p), address(k), k.strides[0], nk, d, nvec, address(decay), limits
+        )
+    np.testing.assert_array_equal(*acc)
+
+
+@pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
+def test_widen_and_narrow(kind, rng):
+    """Every 16-bit pattern there and back, and rounding to nearest even, at every length."""
+    dtype = np.dtype(np.float16) if kind == FLOAT16 else BF16
+    every = np.arange(2**16, dtype=np.uint16).view(dtype)
+    odd = np.concatenate(
+        [
+            rng.standard_normal(5000) * 10.0 ** rng.integers(-44, 38, 5000),
+            [0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 3.3e38, 1.00390625, 1.01171875],
+        ]
+    ).astype(np.float32)
+    for table in tables(FLOAT32):
+        out = np.zeros(2**16 + 1, np.float32)
+        table.widen(address(out), address(every), 2**16, kind)
+        np.testing.assert_array_equal(out[:-1], every.astype(np.float32))
+        for n in (1, 5, 17, len(odd)):
+            back = np.full(n + 1, 7, np.uint16)
+            table.narrow(address(back), address(odd), n, kind)
+            assert back[n] == 7
+            with np.errstate(over="ignore", invalid="ignore"):
+                expected = odd[:n].astype(dtype)
+            np.testing.assert_array_equal(
+                back[:n].view(dtype).astype(np.float32), expected.astype(np.float32)
+            )
+
+
+# --- The tables whose operands are pairs of bfloat16 ----------------------------------------
+
+PAIRED = tables(BFLOAT16)
+DIMS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 80]
+
+
+@pytest.fixture(params=PAIRED, ids=lambda t: t.isa.decode())
+def paired(request):
+    table = request.param
+    if table.enter:
+        table.enter()
+    yield table
+    if table.leave:
+        table.leave()
+
+
+def up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def test_there_is_a_test_for_every_paired_table():
+    if not PAIRED:
+        pytest.skip("this CPU has no bfloat16 instructions")
+    assert all(t.operand == BFLOAT16 and t.real_bytes == 4 for t in PAIRED)
+
+
+def bf16(rng, *shape):
+    return rng.standard_normal(shape).astype(BF16)
+
+
+def test_paired_products(paired, rng):
+    for nvec in widths(paired):
+        ld = nvec * paired.lanes
+        for d in DIMS:
+            for nk in (1, 2, 16, 17, 33, 128):
+                query, key = bf16(rng, ld, d), bf16(rng, up(nk, paired.row_step), up(d, 32))
+                key[:, d:] = 0
+                packed = np.full((up(d, paired.depth_step) // 2 + 1, ld, 2), 7, query.dtype)
+                for sign in (1, -1):
+                    paired.pack_rows(
+                        address(packed), address(pointers(query)), d, nvec, float(sign)
+                    )
+                    assert (packed[-1] == 7).all()
+                    s = np.full((up(nk, paired.row_step) + 1, ld), GUARD, np.float32)
+                    paired.scores(
+                        address(s), address(packed), address(key), key.strides[0], nk, d, nvec, None
+                    )
+                    assert (s[-1] == GUARD).all()
+                    exact = sign * key[:nk].astype(float) @ np.pad(
+                        query.astype(float), ((0, 0), (0, up(d, 32) - d))
+                    ).T  # fmt: skip
+                    np.testing.assert_allclose(s[:nk], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_paired_values(paired, rng):
+    """pack_values pads with zeros, whatever lies behind; accumulate sums what it packed."""
+    for nvec in widths(paired):
+        ld = nvec * paired.lanes
+        for d in DIMS:
+            for nk in (1, 2, 31, 32, 33, 128):
+                value, weights = bf16(rng, nk + 1, d + 1), bf16(rng, up(nk, 32) // 2, ld, 2)
+                value[nk], value[:, d] = np.nan, np.nan
+                packed = np.full((up(d, 32) + 1, up(nk, 32)), 7, value.dtype)
+                paired.pack_values(
+                    address(packed), packed.strides[0], address(value), value.strides[0], nk, d
+                )
+                assert (packed[-1] == 7).all()
+                np.testing.assert_array_equal(
+                    packed[:-1].astype(float),
+                    np.pad(value[:nk, :d].T, ((0, up(d, 32) - d), (0, up(nk, 32) - nk))).astype(
+                        float
+                    ),
+                )
+                p = weights.astype(float).swapaxes(1, 2).reshape(-1, ld)[:nk]
+                exact = value[:nk, :d].T.astype(float) @ p
+                decay = rng.random(ld).astype(np.float32)
+                for with_decay in (False, True):
+                    acc = np.full((up(d, paired.row_step) + 1, ld), 2, np.float32)
+                    paired.accumulate(
+                        address(acc), address(weights), address(packed), packed.strides[0], nk, d,
+                        nvec, address(decay) if with_decay else None, None,
+                    )  # fmt: skip
+                    assert (acc[-1] == 2).all()
+                    np.testing.assert_allclose(
+                        acc[:d], exact + 2 * decay * with_decay, rtol=1e-5, atol=2e-5
+                    )
+
+
+def test_paired_softmax(paired, rng):
+    for nvec in widths(paired):
+        ld = nvec * paired.lanes
+        for nk in (1, 2, 3, 4, 5, 31, 32, 33, 127, 128):
+            for limited in (False, True):
+                factor = 0.3
+                s = np.full((up(nk, 32) + 1, ld), GUARD, np.float32)
+                s[:nk] = rng.standard_normal((nk, ld)) * 20
+                before = s[:nk].astype(float)
+                bits = rng.random((nk, ld)) > 0.5 if limited else np.ones((nk, ld), bool)
+                allow = (bits.astype(np.uint64) << np.arange(ld, dtype=np.uint64)).sum(
+                    1, dtype=np.uint64
+                )
+                top = np.full(ld, -10, np.float32)
+                total, decay = np.ones(ld, np.float32), np.zeros(ld, np.float32)
+                span = spans(bits, paired.lanes)
+                paired.softmax(
+                    address(s), nk, nvec, address(allow) if limited else None, address(span),
+                    factor, address(top), address(total), address(decay),
+                )  # fmt: skip
+                assert (s[-1] == GUARD).all()
+                exact_top = np.maximum(-10, np.where(bits, before * factor, -np.inf).max(0))
+                np.testing.assert_allclose(top, exact_top, rtol=1e-6)
+                np.testing.assert_allclose(decay, np.exp2(-10 - exact_top), rtol=1e-5)
+                p = np.exp2(before * factor - exact_top)
+                np.testing.assert_allclose(
+                    total, np.where(bits, p, 0).sum(0) + decay, rtol=1e-5
+                )
+                pairs = s[: up(nk, paired.depth_step) // 2].view(BF16)
+                stored = pairs.reshape(-1, ld, 2).swapaxes(1, 2).reshape(-1, ld).astype(float)
+                np.testing.assert_allclose(stored[:nk], np.where(bits, p, 0), rtol=2**-8)
+                assert (np.signbit(stored[:nk]) == ~bits).all()
+                assert (stored[nk:] == 0).all()
+
+
+def test_paired_values_that_are_not_finite(paired, rng):
+    ld = paired.lanes
+    for d in DIMS:
+        v = bf16(rng, 5, d)
+        assert paired.all_finite(address(v), v.strides[0], 5, d) == 1
+        for bad in (np.nan, np.inf, -np.inf):
+            for key in (2, 3):
+                odd = v.copy()
+                odd[key, d - 1] = bad
+                assert paired.all_finite(address(odd), odd.strides[0], 5, d) == 0
+                p = np.full((3, ld, 2), 0.5, odd.dtype)
+                p[key // 2, ::2, key % 2] = -0.0
+                acc = scratch_like(d, ld)
+                paired.accumulate_odd(
+                    address(acc), address(p), address(odd), odd.strides[0], 5, d, 1
+                )
+                expected = np.ones((d, ld))
+                expected[d - 1, 1::2] += bad
+                np.testing.assert_array_equal(acc[:-1], expected)
+                assert (acc[-1] == GUARD).all()
+
+
+def scratch_like(rows: int, ld: int) -> np.ndarray:
+    out = np.full((rows + 1, ld), GUARD, np.float32)
+    out[:-1] = 1
+    return out

@@ -18,33 +18,47 @@ class Table(ctypes.Structure):
     _fields_ = (
         ("isa", ctypes.c_char_p),
         ("real_bytes", INT),
+        ("operand", INT),
         ("lanes", INT),
         ("tile_q", INT),
+        ("depth_step", INT),
+        ("row_step", INT),
+        ("enter", _f(None)),
+        ("leave", _f(None)),
         ("pack_rows", _f(None, PTR, PTR, SIZE, INT, DOUBLE)),
-        ("scores", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT)),
+        ("pack_values", _f(None, PTR, SIZE, PTR, SIZE, SIZE, SIZE)),
+        ("scores", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR)),
+        ("scale", _f(None, PTR, SIZE, INT, DOUBLE)),
         ("softcap", _f(None, PTR, SIZE, INT, DOUBLE)),
         ("alibi", _f(None, PTR, SIZE, INT, PTR, PTR)),
         ("bias", _f(None, PTR, SIZE, INT, PTR, INT, PTR)),
         ("limit_range", _f(None, PTR, SIZE, INT, PTR, PTR)),
-        ("softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR, PTR)),
-        ("accumulate", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR)),
+        ("limit_mask", _f(None, PTR, SIZE, INT, PTR, SIZE)),
+        ("softmax", _f(None, PTR, SIZE, INT, PTR, PTR, DOUBLE, PTR, PTR, PTR)),
+        ("accumulate", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR, PTR)),
         ("accumulate_odd", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT)),
         ("all_finite", _f(INT, PTR, SIZE, SIZE, SIZE)),
         ("store_rows", _f(None, PTR, INT, PTR, SIZE, INT, PTR)),
+        ("widen", _f(None, PTR, PTR, SIZE, INT)),
+        ("narrow", _f(None, PTR, PTR, SIZE, INT)),
         ("fma_chain", _f(DOUBLE, SIZE)),
+        ("fma_chain_flop", INT),
     )
 
 
-def tables(real_bytes: int) -> list[Table]:
-    """Return the tables that this machine can execute, weakest first."""
+def tables(operand: int) -> list[Table]:
+    """Return the tables of an element type that this machine can execute, weakest first."""
     from qkv_fast import _engine
 
     library = ctypes.CDLL(_engine.__file__)
     library.qkv_tile_table.restype = ctypes.POINTER(Table)
-    found = []
+    library.qkv_isa_name.restype = ctypes.c_char_p
+    found: list[Table] = []
     index = 0
-    while table := library.qkv_tile_table(index, real_bytes):
-        if library.qkv_tile_table_runs(index):
+    while library.qkv_isa_name(index):
+        table = library.qkv_tile_table(index, operand)
+        seen = table and any(table.contents.isa == t.isa for t in found)
+        if table and not seen and library.qkv_isa_runs(index):
             found.append(table.contents)
         index += 1
     return found

@@ -71,6 +71,27 @@ VOCABULARY void v_transpose(vec x[LANES])
         x[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
+/* x[j] = the j-th of the 16 floats at rows[i] + at, for i = 0..15: quarters of four rows are put
+ * together as they are loaded, so that two rounds of shuffles are left of v_transpose's four. */
+#define HAVE_LOAD_COLUMNS
+VOCABULARY void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
+{
+    for (int c = 0; c < 16; c += 4, at += 16) {
+        vec y[4];
+        for (int i = 0; i < 4; i++) {
+            y[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(rows[i] + at)));
+            y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps((const float *)(rows[i + 4] + at)), 1);
+            y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps((const float *)(rows[i + 8] + at)), 2);
+            y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps((const float *)(rows[i + 12] + at)), 3);
+        }
+        const vec a = _mm512_unpacklo_ps(y[0], y[1]), b = _mm512_unpackhi_ps(y[0], y[1]);
+        const vec d = _mm512_unpacklo_ps(y[2], y[3]), e = _mm512_unpackhi_ps(y[2], y[3]);
+        x[c] = _mm512_shuffle_ps(a, d, 0x44);
+        x[c + 1] = _mm512_shuffle_ps(a, d, 0xee);
+        x[c + 2] = _mm512_shuffle_ps(b, e, 0x44);
+        x[c + 3] = _mm512_shuffle_ps(b, e, 0xee);
+    }
+}
 VOCABULARY vec v_load_half(const char *p)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));

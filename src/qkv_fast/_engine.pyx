@@ -99,7 +99,7 @@ cdef extern from *:
 
 cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
-    MAX_VECTORS = 16    # of a tile
+    MAX_VECTORS = 32    # of a tile: two doubles each at least
     PACKED_STEP = 32    # what pack_values rounds both axes up to
     MAX_BLOCK_K = 128
     MAX_TABLES = 8
