@@ -233,3 +233,22 @@ def test_anything_drawn_at_random(data: st.DataObject):
             choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"
         ):
             check(q, k, v, **options)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_bfloat16_as_bit_patterns(engine, rng, order):
+    """uint16 in, uint16 out: the bits that ml_dtypes' arrays give."""
+    shape = (2, 3, 70, 40)
+    q, k, v = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for _ in range(3))
+    mask = rng.standard_normal((70, 70)).astype(ml_dtypes.bfloat16)
+    expected = sdpa(q, k, v, mask, is_causal=True)
+    bits = [x.view(np.uint16).astype(order + "u2") for x in (q, k, v, mask)]
+    got = sdpa(*bits, is_causal=True, dtype="bfloat16")
+    assert got.dtype == np.uint16
+    assert got.dtype.isnative
+    np.testing.assert_array_equal(got, expected.view(np.uint16))
+    out = np.zeros(shape, np.uint16)
+    assert sdpa(*bits, is_causal=True, dtype=ml_dtypes.bfloat16, out=out) is out
+    np.testing.assert_array_equal(out, got)
+    mixed = sdpa(q, k, v, bits[3], is_causal=True, dtype="bfloat16")
+    np.testing.assert_array_equal(mixed.view(np.uint16), got)

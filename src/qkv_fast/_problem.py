@@ -39,7 +39,7 @@ class Problem:
         (*batch, Hq, Lq, D), (*batch, Hkv, Lk, D), (*batch, Hkv, Lk, Dv); any strides, 0 where an
         axis was broadcast.
     attn_mask : ndarray or None
-        (*batch, Hq, Lq, Lk), boolean or floating.
+        (*batch, Hq, Lq, Lk), boolean or floating. bfloat16 may be anywhere as uint16.
     out, lse : ndarray
         (*batch, Hq, Lq, Dv) and (*batch, Hq, Lq): where the answer goes; lse may be None.
     query_code, key_code, value_code, mask_code, out_code : int
@@ -127,6 +127,7 @@ def normalize(
     out: Any,
     return_lse: Any,
     num_threads: Any,
+    dtype: Any,
 ) -> Problem:
     """Check everything, in the order of the facade's parameters, and lay it out for an engine."""
     if type(query) is not np.ndarray:
@@ -137,13 +138,14 @@ def normalize(
         value = _as_array("value", value)
 
     p = Problem()
-    dtype = query.dtype
+    raw = dtype is not None
+    dtype_out = query.dtype
     p.query_code = p.key_code = p.value_code = p.out_code = code = (
-        _CODES.get(dtype.num, -1) if dtype.isnative else -1
+        _CODES.get(dtype_out.num, -1) if dtype_out.isnative else -1
     )
-    if code < 0 or key.dtype is not dtype or value.dtype is not dtype:
-        _set_codes(p, query, key, value)
-        dtype = dtype.newbyteorder("=")
+    if code < 0 or key.dtype is not dtype_out or value.dtype is not dtype_out or raw:
+        _set_codes(p, query, key, value, dtype)
+        dtype_out = dtype_out.newbyteorder("=")
 
     axes = query.ndim
     batch = query.shape[:-3]
@@ -165,7 +167,7 @@ def normalize(
     p.attn_mask = None
     p.mask_code = -1
     if attn_mask is not None:
-        _set_mask(p, attn_mask, (*heads_shape, q_len, kv_len))
+        _set_mask(p, attn_mask, (*heads_shape, q_len, kv_len), raw)
     if (type(dropout_p) is not float or dropout_p) and _number("dropout_p", dropout_p) != 0.0:
         raise ValueError(
             f"dropout_p is {dropout_p!r}: it must be 0.0, since this op is for inference"
@@ -205,7 +207,7 @@ def normalize(
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
     )
     wants_lse = return_lse is not False and _flag("return_lse", return_lse)
-    _set_output(p, out, (*heads_shape, q_len, v_dim), dtype, axes)
+    _set_output(p, out, (*heads_shape, q_len, v_dim), dtype_out, axes, raw)
     p.lse = p.lse_result = None
     if wants_lse:
         lse_dtype = np.float64 if p.out_code == FLOAT64 else np.float32
@@ -240,21 +242,37 @@ def _as_array(name: str, given: Any) -> Array:
         ) from None
 
 
-def code_of(dtype: np.dtype[Any]) -> int:
-    """Return the code of an element type, or -1."""
+def code_of(dtype: np.dtype[Any], raw: bool = False) -> int:
+    """Return the code of an element type, or -1; raw: uint16 holds bfloat16."""
     code = _CODES.get(dtype.num, -1)
-    if code < 0 and dtype.name == "bfloat16" and dtype.itemsize == 2:
+    bits = raw and dtype.kind == "u"
+    if code < 0 and (dtype.name == "bfloat16" or bits) and dtype.itemsize == 2:
         code = BFLOAT16
     return code if code < 0 or dtype.isnative else code + SWAPPED
 
 
-def _set_codes(p: Problem, query: Array, key: Array, value: Array) -> None:
+def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -> None:
+    raw = dtype is not None
+    if raw and str(getattr(dtype, "name", dtype)) != "bfloat16":
+        try:
+            raw = np.dtype(dtype).name == "bfloat16"
+        except TypeError:
+            raw = False
+        if not raw:
+            raise ValueError(
+                f"dtype is {dtype!r}: it must be 'bfloat16', where uint16 arrays hold that, or None"
+            )
     p.query_code, p.key_code, p.value_code = codes = (
-        code_of(query.dtype),
-        code_of(key.dtype),
-        code_of(value.dtype),
+        code_of(query.dtype, raw),
+        code_of(key.dtype, raw),
+        code_of(value.dtype, raw),
     )
     p.out_code = codes[0] & ~SWAPPED
+    if raw and any(code & ~SWAPPED != BFLOAT16 for code in codes):
+        raise TypeError(
+            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: with "
+            "dtype='bfloat16' all three must be uint16 arrays of its bit patterns, or bfloat16"
+        )
     if min(codes) < 0 or any(code & ~SWAPPED != p.out_code for code in codes):
         raise TypeError(
             f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: all "
@@ -320,9 +338,9 @@ def _check_groups(num_heads: int, num_kv_heads: int, enable_gqa: Any) -> None:
         )
 
 
-def _set_mask(p: Problem, given: Any, shape: tuple[int, ...]) -> None:
+def _set_mask(p: Problem, given: Any, shape: tuple[int, ...], raw: bool) -> None:
     mask = given if type(given) is np.ndarray else _as_array("attn_mask", given)
-    p.mask_code = BOOL if mask.dtype == np.bool_ else code_of(mask.dtype)
+    p.mask_code = BOOL if mask.dtype == np.bool_ else code_of(mask.dtype, raw)
     if p.mask_code < 0:
         raise TypeError(
             f"attn_mask has dtype {mask.dtype}: it must be bool (True = may attend) or {_ACCEPTED} "
@@ -418,7 +436,12 @@ def _window_side(name: str, given: Any) -> int:
 
 
 def _set_output(
-    p: Problem, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], axes: int
+    p: Problem,
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    axes: int,
+    raw: bool,
 ) -> None:
     """Choose where the engine writes and what the caller gets."""
     query = p.query
@@ -435,7 +458,7 @@ def _set_output(
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.shape != expected:
         raise ValueError(f"out has shape {out.shape}: the result's shape is {expected}")
-    if code_of(out.dtype) & ~SWAPPED != p.out_code:
+    if code_of(out.dtype, raw) & ~SWAPPED != p.out_code:
         raise TypeError(f"out has dtype {out.dtype}: the result's dtype is {dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")

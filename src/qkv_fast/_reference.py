@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._problem import FLOAT64, UNBOUNDED, Problem
+from ._problem import BFLOAT16, FLOAT64, SWAPPED, UNBOUNDED, Problem
 
 Array = npt.NDArray[Any]
 
@@ -55,13 +55,13 @@ def _run_block(
     positions, keys = _reach(p, index, rows)
 
     # (kv heads, group · rows, D): the query heads of a group are more rows against its keys.
-    query = p.query[index][heads, rows].astype(real)
+    query = _reals(p.query[index][heads, rows], p.query_code, real)
     shape = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
     stacked = query.reshape(shape[0], shape[1] * shape[2], -1)
     key, value = p.key[index][kv_heads, keys], p.value[index][kv_heads, keys]
     scores = np.empty((*stacked.shape[:2], key.shape[1]), real)
     for some in _key_blocks(key, real):
-        scores[..., some] = stacked @ key[:, some].astype(real, copy=False).swapaxes(-1, -2)
+        scores[..., some] = stacked @ _reals(key[:, some], p.key_code, real).swapaxes(-1, -2)
     scores = scores.reshape(*shape, -1)
     scores *= real(p.scale)
 
@@ -77,6 +77,7 @@ def _run_block(
         if mask.dtype == np.bool_:
             allowed = allowed & mask
         else:
+            mask = _reals(mask, p.mask_code)
             limit = np.finfo(real).max  # a finite bias of a wider type stays finite
             bias = np.where(np.isfinite(mask), np.clip(mask, -limit, limit), mask)
             scores += bias.astype(real)
@@ -90,7 +91,7 @@ def _run_block(
     seen = allowed.any(axis=-1, keepdims=True)
     acc = np.zeros((*shape, value.shape[-1]), real)
     for some in _key_blocks(value, real):
-        part = value[:, some].astype(real, copy=False)
+        part = _reals(value[:, some], p.value_code, real)
         acc += _mix(weights[..., some], part, allowed[..., some])
     if p.sinks is None:
         result = acc / row_sum
@@ -100,11 +101,30 @@ def _run_block(
         decay = np.exp(row_max - top)
         result = acc * decay / (row_sum * decay + np.exp(sinks - top))
         result = np.where(sinks == np.inf, row_sum * 0, result)
-    result = np.where(seen, result, 0)
-    p.out[index][heads, rows] = result.reshape(heads.stop - heads.start, shape[2], -1)
+    result = np.where(seen, result, 0).reshape(heads.stop - heads.start, shape[2], -1)
+    if p.out_code == BFLOAT16:
+        p.out.view(np.uint16)[index][heads, rows] = _bfloat16_bits(result)
+    else:
+        p.out[index][heads, rows] = result
     if p.lse is not None:
         lse = np.where(seen, row_max + np.log(row_sum), -np.inf)
         p.lse[index][heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
+
+
+def _reals(array: Array, code: int, real: npt.DTypeLike = None) -> Array:
+    """Return the array as real numbers; bfloat16 is the upper half of a float32."""
+    if code & ~SWAPPED == BFLOAT16:
+        array = (array.view(array.dtype.str.replace("V", "u")).astype(np.uint32) << 16).view(
+            np.float32
+        )
+    return array if real is None else array.astype(real, copy=False)
+
+
+def _bfloat16_bits(x: Array) -> Array:
+    """Return float32 rounded to bfloat16, to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = bits + (0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
 def _reach(p: Problem, index: tuple[int, ...], rows: slice) -> tuple[Array, slice]:

@@ -36,6 +36,7 @@ def scaled_dot_product_attention(
     out: Array | None = ...,
     return_lse: Literal[False] = ...,
     num_threads: int | None = ...,
+    dtype: Any = ...,
 ) -> Array: ...
 
 
@@ -59,6 +60,7 @@ def scaled_dot_product_attention(
     out: Array | None = ...,
     return_lse: Literal[True],
     num_threads: int | None = ...,
+    dtype: Any = ...,
 ) -> tuple[Array, Array]: ...
 
 
@@ -81,6 +83,7 @@ def scaled_dot_product_attention(
     out: Array | None = None,
     return_lse: bool = False,
     num_threads: int | None = None,
+    dtype: Any = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute ``softmax(query @ key.T * scale + bias) @ value`` for every head.
 
@@ -131,6 +134,9 @@ def scaled_dot_product_attention(
         Also return the log-sum-exp of the scores.
     num_threads : int, optional
         Threads of this call; see `get_num_threads` for the default.
+    dtype : "bfloat16", optional
+        Take uint16 arrays as the bit patterns of bfloat16, which NumPy has no type for, and return
+        such an array: for those who do without ``ml_dtypes``.
 
     Returns
     -------
@@ -171,6 +177,12 @@ def scaled_dot_product_attention(
     >>> qkv_fast.scaled_dot_product_attention(q, k, v, is_causal=True).shape
     (2, 12, 128, 64)
 
+    bfloat16 as bit patterns, here those of 1.0:
+
+    >>> x = np.full((2, 3), 0x3F80, np.uint16)
+    >>> hex(qkv_fast.scaled_dot_product_attention(x, x, x, dtype="bfloat16")[0, 0])
+    '0x3f80'
+
     Equal keys share the weight evenly:
 
     >>> q, k = np.ones((1, 4)), np.ones((3, 4))
@@ -180,7 +192,7 @@ def scaled_dot_product_attention(
     """
     problem = normalize(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                         query_offset, window, softcap, alibi_slopes, sinks, key_lengths, out,
-                        return_lse, num_threads)  # fmt: skip
+                        return_lse, num_threads, dtype)  # fmt: skip
     dispatch(problem)
     if problem.destination is not None:
         np.copyto(problem.destination, problem.out)
