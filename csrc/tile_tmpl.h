@@ -196,13 +196,14 @@ static void alibi(void *S_, ptrdiff_t nk, int nvec, const void *slope_, const vo
     }
 }
 
-/* A finite bias stays finite in log2 units: finfo.min is a common stand-in for -inf, but a row
- * that holds nothing else is a plain average, not an empty row. */
-INLINE vec bias_in_log2(vec bias)
+/* S + log2(e) * bias. A finite bias stays finite in log2 units: finfo.min is a common stand-in for
+ * -inf, but a row that holds nothing else is a plain average, not an empty row. */
+#define HUGE_BIAS (-REAL_MAX / 2)
+INLINE vec add_huge_bias(vec S, vec bias)
 {
-    const vec lowest = v_set1(-REAL_MAX);
-    const vec scaled = v_mul(bias, v_set1((real)LOG2E));
-    return v_max(lowest, scaled);
+    const vec log2e = v_set1((real)LOG2E), lowest = v_set1(-REAL_MAX);
+    const vec kept = v_add(v_max(lowest, v_mul(bias, log2e)), S);
+    return v_select(v_mask(v_le_bits(bias, v_set1(HUGE_BIAS))), kept, v_fma(bias, log2e, S));
 }
 
 static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int shared,
@@ -210,15 +211,14 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
 {
     real *S = S_;
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
-    const vec minus_inf = v_set1(-REAL_INF);
+    const vec log2e = v_set1((real)LOG2E), minus_inf = v_set1(-REAL_INF);
     if (shared) {
         for (ptrdiff_t k = 0; k < nk; k++) {
             const real one = load_real(rows[0] + k * (ptrdiff_t)sizeof(real));
             if (one == -REAL_INF) allow[k] = 0;
-            const vec b = bias_in_log2(v_set1(one));
             for (int v = 0; v < nvec; v++) {
                 real *s = S + k * ld + v * LANES;
-                v_store(s, v_add(v_load(s), b));
+                v_store(s, add_huge_bias(v_load(s), v_set1(one)));
             }
         }
         return;
@@ -228,11 +228,21 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
         for (ptrdiff_t k = 0; k < nk; k += LANES) {
             vec x[LANES];
             const ptrdiff_t n = nk - k < LANES ? nk - k : LANES;
-            load_columns(x, row, k * (ptrdiff_t)sizeof(real), n * (ptrdiff_t)sizeof(real));
-            for (ptrdiff_t i = 0; i < n; i++) {
-                real *s = S + (k + i) * ld + v * LANES;
+            const ptrdiff_t at = k * (ptrdiff_t)sizeof(real);
+            load_columns(x, row, at, n * (ptrdiff_t)sizeof(real));
+            for (int i = 0; i < LANES; i++) /* the next block, too far apart for the CPU's guess */
+                __builtin_prefetch(row[i] + at + nk * (ptrdiff_t)sizeof(real));
+            vec least = x[0];
+            for (int i = 1; i < LANES; i++) least = v_min(x[i], least);
+            real *s = S + k * ld + v * LANES;
+            if (!v_le_bits(least, v_set1(HUGE_BIAS))) {
+                for (ptrdiff_t i = 0; i < n; i++, s += ld)
+                    v_store(s, v_fma(x[i], log2e, v_load(s)));
+                continue;
+            }
+            for (ptrdiff_t i = 0; i < n; i++, s += ld) {
                 allow[k + i] &= ~(v_le_bits(x[i], minus_inf) << (v * LANES));
-                v_store(s, v_add(v_load(s), bias_in_log2(x[i])));
+                v_store(s, add_huge_bias(v_load(s), x[i]));
             }
         }
     }
@@ -264,6 +274,7 @@ static void limit_mask(uint64_t *allow, ptrdiff_t nk, int nvec, const char *cons
         memset(bits, 0, sizeof bits);
         for (int i = 0; i < count; i++) {
             const char *row = rows[i] + begin * stride;
+            __builtin_prefetch(row + nk * stride); /* the next block's */
             uint8_t one[64], *to = bits[i / 8];
             if (stride == 1)
                 memcpy(one, row, (size_t)n);
@@ -293,7 +304,7 @@ INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
         vec part[4] = {lowest, lowest, lowest, lowest};
         ptrdiff_t k = begin;
 #define SCORE(k)                                                                                 \
-    (masked ? v_select(v_mask(allow[k] >> lane), v_load(S + (k)*ld), lowest) : v_load(S + (k)*ld))
+    (masked ? v_select(v_mask_at(allow + k, lane), v_load(S + (k)*ld), lowest) : v_load(S + (k)*ld))
         for (; k + 4 <= end; k += 4)
             UNROLL for (int i = 0; i < 4; i++) part[i] = v_max(part[i], SCORE(k + i));
         for (; k < end; k++) part[0] = v_max(part[0], SCORE(k));
@@ -309,7 +320,7 @@ INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
     do {                                                                                         \
         p[i] = exp2_nonpositive(v_fma(v_load(S + (k + (i)) * ld), mult, below), ROUGH);          \
         if (masked) {                                                                            \
-            const vmask seen = v_mask(allow[k + (i)] >> lane);                                   \
+            const vmask seen = v_mask_at(allow + k + (i), lane);                                   \
             sum[i] = v_add(sum[i], v_select(seen, p[i], v_set1(0)));                             \
             p[i] = v_select(seen, p[i], minus_zero);                                             \
         } else {                                                                                 \

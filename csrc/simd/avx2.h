@@ -52,6 +52,7 @@ VOCABULARY vmask v_mask(uint64_t bits)
     const __m256i x = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, lane));
 }
+VOCABULARY vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
 VOCABULARY void v_transpose(vec x[LANES])
 {
     vec t[8];
@@ -140,6 +141,7 @@ VOCABULARY vmask v_mask(uint64_t bits)
     const __m256i x = _mm256_and_si256(_mm256_set1_epi64x((long long)bits), lane);
     return _mm256_castsi256_pd(_mm256_cmpeq_epi64(x, lane));
 }
+VOCABULARY vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
 VOCABULARY void v_transpose(vec x[LANES])
 {
     const vec a = _mm256_unpacklo_pd(x[0], x[1]), b = _mm256_unpackhi_pd(x[0], x[1]);

@@ -45,6 +45,12 @@ VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below th
 }
 VOCABULARY uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 VOCABULARY vmask v_mask(uint64_t bits) { return (vmask)bits; }
+VOCABULARY vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
+{
+    vmask m;
+    memcpy(&m, (const char *)word + lane / 8, sizeof m);
+    return m;
+}
 VOCABULARY void v_transpose(vec x[LANES])
 {
     vec t[16];
@@ -76,20 +82,26 @@ VOCABULARY void v_transpose(vec x[LANES])
 #define HAVE_LOAD_COLUMNS
 VOCABULARY void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
 {
-    for (int c = 0; c < 16; c += 4, at += 16) {
-        vec y[4];
-        for (int i = 0; i < 4; i++) {
-            y[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(rows[i] + at)));
-            y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps((const float *)(rows[i + 4] + at)), 1);
-            y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps((const float *)(rows[i + 8] + at)), 2);
-            y[i] = _mm512_insertf32x4(y[i], _mm_loadu_ps((const float *)(rows[i + 12] + at)), 3);
+    vec y[4][4];
+    for (int i = 0; i < 4; i++) {
+        /* Four pointers at a time: a compiler that keeps all 16 puts them into vector registers. */
+        __asm__ volatile("" : "+r"(rows));
+        const char *r0 = rows[i] + at, *r1 = rows[i + 4] + at;
+        const char *r2 = rows[i + 8] + at, *r3 = rows[i + 12] + at;
+        for (int c = 0; c < 4; c++) {
+            vec q = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(r0 + 16 * c)));
+            q = _mm512_insertf32x4(q, _mm_loadu_ps((const float *)(r1 + 16 * c)), 1);
+            q = _mm512_insertf32x4(q, _mm_loadu_ps((const float *)(r2 + 16 * c)), 2);
+            y[c][i] = _mm512_insertf32x4(q, _mm_loadu_ps((const float *)(r3 + 16 * c)), 3);
         }
-        const vec a = _mm512_unpacklo_ps(y[0], y[1]), b = _mm512_unpackhi_ps(y[0], y[1]);
-        const vec d = _mm512_unpacklo_ps(y[2], y[3]), e = _mm512_unpackhi_ps(y[2], y[3]);
-        x[c] = _mm512_shuffle_ps(a, d, 0x44);
-        x[c + 1] = _mm512_shuffle_ps(a, d, 0xee);
-        x[c + 2] = _mm512_shuffle_ps(b, e, 0x44);
-        x[c + 3] = _mm512_shuffle_ps(b, e, 0xee);
+    }
+    for (int c = 0; c < 4; c++) {
+        const vec a = _mm512_unpacklo_ps(y[c][0], y[c][1]), b = _mm512_unpackhi_ps(y[c][0], y[c][1]);
+        const vec d = _mm512_unpacklo_ps(y[c][2], y[c][3]), e = _mm512_unpackhi_ps(y[c][2], y[c][3]);
+        x[4 * c] = _mm512_shuffle_ps(a, d, 0x44);
+        x[4 * c + 1] = _mm512_shuffle_ps(a, d, 0xee);
+        x[4 * c + 2] = _mm512_shuffle_ps(b, e, 0x44);
+        x[4 * c + 3] = _mm512_shuffle_ps(b, e, 0xee);
     }
 }
 VOCABULARY vec v_load_half(const char *p)
@@ -151,6 +163,12 @@ VOCABULARY vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below th
 }
 VOCABULARY uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
 VOCABULARY vmask v_mask(uint64_t bits) { return (vmask)bits; }
+VOCABULARY vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
+{
+    vmask m;
+    memcpy(&m, (const char *)word + lane / 8, sizeof m);
+    return m;
+}
 VOCABULARY void v_transpose(vec x[LANES])
 {
     vec t[8];

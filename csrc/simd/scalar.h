@@ -104,6 +104,7 @@ VOCABULARY vmask v_mask(uint64_t bits) /* the low LANES bits */
     for (int i = 0; i < LANES; i++) m[i] = -(int)((bits >> i) & 1);
     return m;
 }
+VOCABULARY vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
 VOCABULARY void v_transpose(vec x[LANES])
 {
     for (int i = 0; i < LANES; i++)

@@ -15,7 +15,7 @@ from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, NAN, exp2, log
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memchr, memcpy, memset
 
 import time
 
@@ -391,11 +391,24 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
     call.kernels.pack_rows(tile.Qt, tile.rows, call.head_dim, tile.nvec, call.query_factor)
 
 
-cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin,
-                             Py_ssize_t nk) noexcept nogil:
+cdef inline bint is_shared(const Operand *mask) noexcept nogil:
+    """Whether all rows of a batch entry have the same mask, as for padding."""
+    return mask.head == 0 and mask.row == 0
+
+
+cdef bint mask_limits(const Call *call, const Head *head, int64_t begin,
+                      Py_ssize_t nk) noexcept nogil:
+    """Whether a boolean mask may exclude some key of a block."""
+    if head.mask == NULL or call.mask.type != QKV_BOOL:
+        return False
+    return not (is_shared(&call.mask) and call.mask.col == 1
+                and memchr(head.mask + begin, 0, nk) == NULL)
+
+
+cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin, Py_ssize_t nk,
+                             bint masked) noexcept nogil:
     """Fill tile.allow for a block that not every row sees whole; which rows see any key."""
     cdef int real_bytes = call.kernels.real_bytes
-    cdef bint shared = call.mask.head == 0 and call.mask.row == 0
     cdef uint64_t any_allowed = 0
     cdef const char *mask
     cdef Py_ssize_t k
@@ -406,8 +419,8 @@ cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin,
             set_real(tile.range_first, i, real_bytes, clamp(tile.first[i] - begin, -1, nk))
             set_real(tile.range_last, i, real_bytes, clamp(tile.last[i] - begin, -1, nk))
         call.kernels.limit_range(tile.allow, nk, tile.nvec, tile.range_first, tile.range_last)
-    if call.mask.data != NULL and call.mask.type == QKV_BOOL:
-        if shared:
+    if masked:
+        if is_shared(&call.mask):
             mask = tile.mask_rows[0] + begin * call.mask.col
             for k in range(nk):
                 if not mask[k * call.mask.col]:
@@ -455,7 +468,7 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
                         Py_ssize_t nk) noexcept nogil:
     """softcap, then ALiBi and the additive mask: a new score modifier goes here."""
     cdef const qkv_tile_kernels *kernels = call.kernels
-    cdef bint shared = call.mask.head == 0 and call.mask.row == 0
+    cdef bint shared = is_shared(&call.mask)
     cdef int i
     if call.score_factor != 1:
         kernels.scale(head.S, nk, tile.nvec, call.score_factor)
@@ -484,12 +497,13 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         return
     cdef Py_ssize_t nk = min(block.nk, tile.last_max + 1 - begin)
     cdef bint bias = head.mask != NULL and call.mask.type != QKV_BOOL
-    cdef bint partial = (head.mask != NULL or tile.first_max > begin
+    cdef bint masked = mask_limits(call, head, begin, nk)
+    cdef bint partial = (bias or masked or tile.first_max > begin
                          or tile.last_min < begin + nk - 1)
     cdef uint64_t seen = ~<uint64_t>0
     cdef Py_ssize_t k
     if partial:
-        seen = allow_in_block(call, tile, begin, nk)
+        seen = allow_in_block(call, tile, begin, nk, masked)
         if not seen:
             return
         partial = bias or not sees_all(tile, nk)
@@ -588,6 +602,9 @@ cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept no
         head.offset = (<int64_t *>batch_entry(call, &call.query_offset, head.batch))[0]
     if call.key_lengths.data != NULL:
         head.visible = (<int64_t *>batch_entry(call, &call.key_lengths, head.batch))[0]
+    if head.mask != NULL and call.mask.type == QKV_BOOL and is_shared(&call.mask):
+        while head.visible > 0 and not head.mask[(head.visible - 1) * call.mask.col]:
+            head.visible -= 1  # padding at the end is as good as key_lengths
     head.S = scratch
     head.gathered = scratch + call.gathered_at
 
@@ -928,8 +945,10 @@ def run(problem, str tiles, str isa):
     call.tiles = (call.group * call.q_len + kernels.tile_q - 1) // kernels.tile_q
     call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
     call.tiles_per_task = 1
-    # Keys and values that must be converted or packed once for several tiles, or fetched from far.
+    # Keys and values that must be converted, packed or looked at once for several tiles, or fetched
+    # from far.
     if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
+            or call.mask.data != NULL
             or call.kv_len * (call.head_dim + call.v_dim) * call.operand_bytes > SHARED_KEYS):
         while (call.tiles_per_task < MAX_TILES_PER_TASK and batches * call.num_kv_heads
                * call.tiles > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
