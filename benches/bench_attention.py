@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shapes import SHAPES
 
 import qkv_fast
 from qkv_fast import _backend
-
-
-def numpy_attention(q, k, v, is_causal):
-    """Attention as one writes it by hand."""
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat(q.shape[1] // k.shape[1], axis=1) for x in (k, v))
-    scores = q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
-    if is_causal:
-        scores[..., ~np.tri(*scores.shape[-2:], dtype=bool)] = -np.inf
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return scores @ v
+from qkv_fast.bench.peers import numpy_attention
+from qkv_fast.bench.shapes import SHAPES
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bench_attention import numpy_attention
 
 import qkv_fast
 from qkv_fast import _backend
+from qkv_fast.bench.peers import numpy_attention
 
 X = np.ones((1, 1, 1, 64), np.float32)
 

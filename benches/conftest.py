@@ -6,10 +6,10 @@ import functools
 
 import numpy as np
 import pytest
-from shapes import Shape
 
 import qkv_fast
 from qkv_fast import _backend
+from qkv_fast.bench.shapes import Shape
 
 
 @functools.cache

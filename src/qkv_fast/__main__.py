@@ -1,20 +1,27 @@
-"""``python -m qkv_fast info``: what is installed here, to paste into a bug report."""
+"""``python -m qkv_fast``: ``info`` to paste into a bug report, ``bench`` to see how fast it is here."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ._config import show_config
+from .bench import compare
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m qkv_fast", description=__doc__)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return an exit status."""
+    parser = argparse.ArgumentParser(prog="python -m qkv_fast")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print the configuration")
-    parser.parse_args(arguments)
+    bench = commands.add_parser("bench", help="measure against other libraries, if installed")
+    compare.add_options(bench)
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return compare.run(options)
     show_config()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

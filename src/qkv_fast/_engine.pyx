@@ -833,6 +833,45 @@ def fma_peak(int threads, double seconds=0.2, int type=QKV_FLOAT32, isa=None):
     return 8e-9 * threads * rounds * FMA_ROUNDS * kernels.fma_chain_flop / elapsed
 
 
+cdef struct Memory:
+    const uint64_t *words
+    Py_ssize_t count                    # of a task
+
+
+cdef uint64_t memory_sum = 0
+
+
+cdef void run_read_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
+    cdef const Memory *memory = <const Memory *>context
+    cdef const uint64_t *words = memory.words + task * memory.count
+    cdef uint64_t total = 0
+    cdef Py_ssize_t i
+    global memory_sum
+    for i in range(memory.count):
+        total += words[i]
+    if total != 0:      # never, but the compiler can't know
+        memory_sum += total
+
+
+def read_bandwidth(int threads, double seconds=0.2, Py_ssize_t megabytes=256):
+    """GB/s at which the threads read memory, each its own part of so much: the other limit."""
+    cdef cnp.npy_intp size = megabytes << 17
+    cdef cnp.ndarray array = cnp.PyArray_ZEROS(1, &size, cnp.NPY_UINT64, 0)
+    cdef Memory memory
+    array.fill(0)       # touched, so that each page is memory of its own
+    memory.words = <const uint64_t *>cnp.PyArray_DATA(array)
+    memory.count = 1 << 17
+    rounds = 0
+    begin = time.perf_counter()
+    elapsed = 0.0
+    while elapsed < seconds:
+        with nogil:
+            qkv_run_tasks(run_read_task, &memory, megabytes, threads)
+        rounds += 1
+        elapsed = time.perf_counter() - begin
+    return rounds * megabytes * 2.0 ** 20 / elapsed / 1e9
+
+
 cdef void set_operand(Operand *operand, cnp.ndarray array, int type, Py_ssize_t batch_ndim,
                       int direct_type) noexcept:
     """(*batch, heads, rows, columns); an axis of one element has no say in `direct`."""

@@ -27,6 +27,7 @@ _CODES = {
     np.dtype(np.float64).num: FLOAT64,
     np.dtype(np.float16).num: FLOAT16,
 }
+_UINT16 = np.dtype(np.uint16).num
 _ACCEPTED = "float32, float64, float16 or bfloat16"
 
 
@@ -140,10 +141,13 @@ def normalize(
     p = Problem()
     raw = dtype is not None
     dtype_out = query.dtype
-    p.query_code = p.key_code = p.value_code = p.out_code = code = (
-        _CODES.get(dtype_out.num, -1) if dtype_out.isnative else -1
-    )
-    if code < 0 or key.dtype is not dtype_out or value.dtype is not dtype_out or raw:
+    if not raw:
+        code = _CODES.get(dtype_out.num, -1)
+    else:
+        code = BFLOAT16 if dtype == "bfloat16" and dtype_out.num == _UINT16 else -1
+    p.query_code = p.key_code = p.value_code = p.out_code = code
+    if (code < 0 or key.dtype is not dtype_out or value.dtype is not dtype_out
+            or not dtype_out.isnative):  # fmt: skip
         _set_codes(p, query, key, value, dtype)
         dtype_out = dtype_out.newbyteorder("=")
 
@@ -245,9 +249,10 @@ def _as_array(name: str, given: Any) -> Array:
 def code_of(dtype: np.dtype[Any], raw: bool = False) -> int:
     """Return the code of an element type, or -1; raw: uint16 holds bfloat16."""
     code = _CODES.get(dtype.num, -1)
-    bits = raw and dtype.kind == "u"
-    if code < 0 and (dtype.name == "bfloat16" or bits) and dtype.itemsize == 2:
+    if code < 0 and raw and dtype.num == _UINT16:
         code = BFLOAT16
+    elif code < 0 and dtype.itemsize == 2 and dtype.name == "bfloat16":
+        code = _CODES[dtype.num] = BFLOAT16  # the number that it got when it was registered
     return code if code < 0 or dtype.isnative else code + SWAPPED
 
 
@@ -463,18 +468,15 @@ def _set_output(
     if not out.flags.writeable:
         raise ValueError("out is read-only")
     p.result = out
-    target = out.view(np.ndarray)
-    p.out = target if axes > 2 else target[np.newaxis]
-    inputs = [p.key, p.value]
-    inputs += [a for a in (p.attn_mask, p.alibi_slopes, p.sinks) if a is not None]
-    inputs += [a for a in (p.query_offset, p.key_lengths) if a is not None]
-    if not _same_memory(p.out, query):
-        inputs.append(query)
+    if type(out) is not np.ndarray:
+        out = out.view(np.ndarray)
+    p.out = out if axes > 2 else out[np.newaxis]
+    inputs = (query, p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
+              p.key_lengths)  # fmt: skip
     if (
         not out.dtype.isnative
-        or _repeats(out)
-        or any(_may_overlap(p.out, a) for a in inputs)
-        or (p.out.size and _overlaps_itself(p.out))
+        or (not out.flags.c_contiguous and (_repeats(out) or (out.size and _overlaps_itself(out))))
+        or any([a is not None and _in_the_way(p.out, a, a is query) for a in inputs])
     ):
         p.destination = p.out
         p.out = np.empty(shape, dtype)
@@ -507,10 +509,14 @@ def _same_memory(a: Array, b: Array) -> bool:
     )
 
 
-def _may_overlap(a: Array, b: Array) -> bool:
-    if not np.may_share_memory(a, b):
+def _in_the_way(out: Array, array: Array, is_query: bool) -> bool:
+    """Whether writing `out` may change what is still to be read of an input.
+
+    A task reads all its queries before it writes their rows, so `out` may be `query` itself.
+    """
+    if not np.may_share_memory(out, array) or (is_query and _same_memory(out, array)):
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
+        return bool(np.shares_memory(out, array, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

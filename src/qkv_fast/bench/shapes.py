@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
         scores = self.batch * self.num_heads * self.q_len * self.keys
         return 4e-9 * scores * self.head_dim / (2 if self.is_causal else 1)
 
-    def tensors(self, seed: int = 0) -> tuple[npt.NDArray[np.float32], ...]:
+    def tensors(self, seed: int = 0) -> tuple[npt.NDArray[Any], ...]:
         """Return query, key, value: standard normal, float32."""
         rng = np.random.default_rng(seed)
         kv_heads = self.num_kv_heads or self.num_heads
@@ -42,19 +42,51 @@ class Shape(NamedTuple):
 SHAPES = {
     # BERT-base, encoder: all tokens see all
     "bert-128": Shape(1, 12, 128, 64),
+    "bert-256": Shape(1, 12, 256, 64),
     "bert-512": Shape(1, 12, 512, 64),
     "bert-128-batch8": Shape(8, 12, 128, 64),
+    # many short sequences, and lengths that no tile likes
+    "64x12x16x64": Shape(64, 12, 16, 64),
+    "64x12x64x64": Shape(64, 12, 64, 64),
+    "8x12x100x64": Shape(8, 12, 100, 64),
+    "vit-197": Shape(8, 12, 197, 64),
     # long sequences and other head sizes
+    "16x1024x64": Shape(1, 16, 1024, 64),
     "16x2048x64": Shape(1, 16, 2048, 64),
-    "8x4096x128": Shape(1, 8, 4096, 128),
+    "16x4096x64": Shape(1, 16, 4096, 64),
     "2x16x1024x32": Shape(2, 16, 1024, 32),
     "16x1024x80": Shape(1, 16, 1024, 80),
+    "8x512x128": Shape(1, 8, 512, 128),
+    "8x1024x128": Shape(1, 8, 1024, 128),
+    "8x2048x128": Shape(1, 8, 2048, 128),
+    "8x4096x128": Shape(1, 8, 4096, 128),
     "4x4096x256": Shape(1, 4, 4096, 256),
     # decoders
     "causal-12x512x64": Shape(1, 12, 512, 64, is_causal=True),
     "gpt2-causal-1024": Shape(1, 12, 1024, 64, is_causal=True),
     "causal-16x2048x64": Shape(1, 16, 2048, 64, is_causal=True),
+    "causal-16x4096x64": Shape(1, 16, 4096, 64, is_causal=True),
     "causal-8x4096x128": Shape(1, 8, 4096, 128, is_causal=True),
-    # one new token against a cache
-    "decode-32-8x4096x128": Shape(1, 32, 1, 128, kv_len=4096, num_kv_heads=8),
 }
+
+
+def parse(text: str) -> Shape:
+    """Return the shape of a name, or of ``batch,heads,length,head_dim[,causal]``.
+
+    >>> parse("1,12,512,64,causal")
+    Shape(batch=1, num_heads=12, q_len=512, head_dim=64, is_causal=True, kv_len=0, num_kv_heads=0)
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    parts = text.split(",")
+    causal = parts[-1] == "causal"
+    try:
+        batch, num_heads, length, head_dim = map(int, parts[: len(parts) - causal])
+    except ValueError:
+        raise ValueError(
+            f"shape is {text!r}: it must be batch,heads,length,head_dim[,causal] or one of "
+            + ", ".join(SHAPES)
+        ) from None
+    if min(batch, num_heads, length, head_dim) < 1:
+        raise ValueError(f"shape is {text!r}: every size must be at least 1")
+    return Shape(batch, num_heads, length, head_dim, causal)

@@ -1,0 +1,275 @@
+"""The libraries that are compared: how each is prepared, and the process that runs it.
+
+A ``prepare_*`` function takes a shape, float32 tensors, an element type and a number of threads,
+and returns a function that computes once; its attribute ``answer``, where there is one,
+returns the result as an array of shape (B, H, Lq, D).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .shapes import Shape
+
+Array = npt.NDArray[Any]
+Run = Callable[[], Any]
+DTYPES = ("float32", "bfloat16")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
+
+
+def to_bfloat16_bits(x: Array) -> Array:
+    """Return float32 as bfloat16 bit patterns, rounded to nearest even."""
+    bits = x.view(np.uint32)
+    rounded: Array = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
+def from_bfloat16_bits(bits: Array) -> Array:
+    """Return bfloat16 bit patterns as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
+    """Attention as one writes it by hand."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat(q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    scores: Array = q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
+    if is_causal:
+        scores[..., ~np.tri(*scores.shape[-2:], dtype=bool)] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    result: Array = scores @ v
+    return result
+
+
+def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+    """This library."""
+    import qkv_fast
+
+    raw = dtype == "bfloat16"
+    q, k, v = (to_bfloat16_bits(x) for x in tensors) if raw else tensors
+    out = np.empty_like(q)
+    options = {"is_causal": shape.is_causal, "enable_gqa": True, "out": out}
+    options |= {"num_threads": threads, "dtype": dtype if raw else None}
+
+    def run() -> Any:
+        return qkv_fast.scaled_dot_product_attention(q, k, v, **options)
+
+    if raw:
+        run.answer = lambda: from_bfloat16_bits(run())  # type: ignore[attr-defined]
+    return run
+
+
+def prepare_numpy(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+    """Three lines of NumPy."""
+    if dtype != "float32":
+        raise NotImplementedError("NumPy has no bfloat16")
+    return lambda: numpy_attention(*tensors, shape.is_causal)
+
+
+def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+    """PyTorch's scaled_dot_product_attention."""
+    import torch
+
+    torch.set_num_threads(threads)
+    q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in tensors)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    gqa = q.shape[1] != k.shape[1]
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return sdpa(q, k, v, is_causal=shape.is_causal, enable_gqa=gqa)
+
+    run.answer = lambda: run().float().numpy()  # type: ignore[attr-defined]
+    return run
+
+
+def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+    """ONNX Runtime's com.microsoft MultiHeadAttention."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    q, k, v = tensors
+    if dtype != "float32":
+        raise NotImplementedError("MultiHeadAttention on CPU has no bfloat16")
+    if q.shape[1] != k.shape[1]:
+        raise NotImplementedError("MultiHeadAttention has no grouped heads")
+    # MultiHeadAttention takes queries as (B, L, H D), keys and values as (B, H, L, D).
+    hidden = shape.num_heads * shape.head_dim
+    flat = np.ascontiguousarray(q.swapaxes(1, 2)).reshape(shape.batch, shape.q_len, hidden)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape)
+        for name, x in (("q", flat), ("k", k), ("v", v))
+    ]
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, flat.shape)
+    node = helper.make_node(
+        "MultiHeadAttention",
+        ["q", "k", "v"],
+        ["out"],
+        domain="com.microsoft",
+        num_heads=shape.num_heads,
+        unidirectional=int(shape.is_causal),
+    )
+    graph = helper.make_graph([node], "attention", inputs, [output])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = session.io_binding()
+    for name, x in (("q", flat), ("k", k), ("v", v)):
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_output("out")
+
+    def run() -> Any:
+        session.run_with_iobinding(binding)
+
+    def answer() -> Any:
+        run()
+        out = binding.copy_outputs_to_cpu()[0]
+        return out.reshape(shape.batch, shape.q_len, shape.num_heads, -1).swapaxes(1, 2)
+
+    run.answer = answer  # type: ignore[attr-defined]
+    return run
+
+
+def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+    """OpenVINO's scaled_dot_product_attention, in this dtype from input to output."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    if tensors[0].shape[1] != tensors[1].shape[1]:
+        raise NotImplementedError("no grouped heads")
+    raw = dtype == "bfloat16"
+    kind = ov.Type.bf16 if raw else ov.Type.f32
+    parameters = [ops.parameter(list(x.shape), kind) for x in tensors]
+    node = ops.scaled_dot_product_attention(*parameters, causal=shape.is_causal)
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "bf16" if raw else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = ov.Core().compile_model(ov.Model([node], parameters), "CPU", settings)
+    request = compiled.create_infer_request()
+    for i, x in enumerate(tensors):
+        tensor = ov.Tensor(x, shared_memory=True)
+        if raw:
+            tensor = ov.Tensor(kind, list(x.shape))
+            tensor.data.view(np.uint16)[...] = to_bfloat16_bits(x)
+        request.set_input_tensor(i, tensor)
+
+    def run() -> Any:
+        request.infer()
+
+    def answer() -> Any:
+        run()
+        data = np.array(request.get_output_tensor().data)
+        return from_bfloat16_bits(data.view(np.uint16)) if data.itemsize == 2 else data
+
+    run.answer = answer  # type: ignore[attr-defined]
+    return run
+
+
+PREPARE = {
+    "qkv_fast": prepare_qkv_fast,
+    "torch": prepare_torch,
+    "onnxruntime": prepare_onnxruntime,
+    "openvino": prepare_openvino,
+    "numpy": prepare_numpy,
+}
+DISTRIBUTIONS = {"qkv_fast": "qkv-fast"}
+
+
+def version(name: str) -> str | None:
+    """Return the version of a peer that is installed here, else None."""
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def exact(shape: Shape, q: Array, k: Array, v: Array) -> Array:
+    """Return the last 64 queries of the last head of the first batch entry, in float64."""
+    q, k, v = (x.astype(float) for x in (q[0, -1, -64:], k[0, -1], v[0, -1]))
+    s = q @ k.T / np.sqrt(q.shape[-1])
+    if shape.is_causal:
+        position = np.arange(shape.q_len)[-64:, None]
+        s[np.arange(shape.keys) > position] = -np.inf
+    w = np.exp(s - s.max(axis=-1, keepdims=True))
+    result: Array = w / w.sum(axis=-1, keepdims=True) @ v
+    return result
+
+
+def tensors_of(shape: Shape, dtype: str) -> list[Array]:
+    """Return the shape's tensors in float32, rounded to what the dtype can hold."""
+    if dtype == "float32":
+        return list(shape.tensors())
+    return [from_bfloat16_bits(to_bfloat16_bits(x)) for x in shape.tensors()]
+
+
+def work(peer: str, threads: int, pipe: Connection) -> None:
+    """A peer's process: prepare a shape when told, run it for a turn when told, else sleep."""
+    run: Run | None = None
+    while (message := pipe.recv()) is not None:
+        try:
+            if message[0] == "prepare":
+                _, shape, dtype = message
+                run = None
+                tensors = tensors_of(shape, dtype)
+                run = PREPARE[peer](shape, tensors, dtype, threads)
+                answer = np.asarray(getattr(run, "answer", run)())
+                error = float(np.abs(answer[0, -1, -64:] - exact(shape, *tensors)).max())
+                pipe.send(("ready", error))
+            else:
+                assert run is not None
+                times = []
+                run()
+                end = time.perf_counter() + message[1]
+                while not times or time.perf_counter() < end:
+                    begin = time.perf_counter()
+                    run()
+                    times.append(time.perf_counter() - begin)
+                pipe.send(("time", statistics.median(times)))
+        except Exception as error:  # a peer that can't do a shape is a row's gap, not the end
+            pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+class Peer:
+    """A peer's process, seen from the one that times."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, threads, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, *message: Any) -> tuple[str, Any]:
+        """Send a message and wait for the answer; a process that died is an error too."""
+        try:
+            self.pipe.send(message)
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError):
+            return "error", "the process ended"
+        return kind, value
+
+    def close(self) -> None:
+        """End the process."""
+        try:
+            self.pipe.send(None)
+        except OSError:
+            return
+        self.process.join(5)
