@@ -7,23 +7,45 @@ import pytest
 
 import qkv_fast
 from qkv_fast import _backend
-from qkv_fast.bench.peers import numpy_attention
+from qkv_fast.bench.peers import numpy_attention, to_bfloat16_bits
 from qkv_fast.bench.shapes import SHAPES
+
+EVERY = _backend.available()
+# The last two ISAs have kernels of their own for bfloat16 only.
+FLOAT32 = [c for c in EVERY if c.isa not in ("avx512bf16", "amx")]
+BFLOAT16 = [c for c in EVERY if c.tiles == "simd"]
+
+
+def identify(choice: _backend.Choice) -> str:
+    """Return a choice's name."""
+    return "-".join(filter(None, choice))
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(
-    "choice", ["numpy", *_backend.available()], ids=lambda c: c if c == "numpy" else "-".join(c)
-)
-def bench_attention(benchmark, note, name, choice):
-    shape = SHAPES[name]
-    q, k, v = shape.tensors()
+def bench_numpy(benchmark, note, name):
     benchmark.group = name
-    if choice == "numpy":
-        benchmark(numpy_attention, q, k, v, shape.is_causal)
-        note(shape, "numpy")
-        return
-    options = {"is_causal": shape.is_causal, "enable_gqa": True, "out": np.empty_like(q)}
+    benchmark(numpy_attention, *SHAPES[name].tensors(), SHAPES[name].is_causal)
+    note(SHAPES[name], "numpy", "float32")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("choice", FLOAT32, ids=identify)
+def bench_float32(benchmark, note, name, choice):
+    run(benchmark, note, name, choice, "float32", SHAPES[name].tensors(), None)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("choice", BFLOAT16, ids=identify)
+def bench_bfloat16(benchmark, note, name, choice):
+    tensors = [to_bfloat16_bits(x) for x in SHAPES[name].tensors()]
+    run(benchmark, note, name, choice, "bfloat16", tensors, "bfloat16")
+
+
+def run(benchmark, note, name, choice, kind, tensors, dtype):
+    """Measure one choice on one shape."""
+    benchmark.group = name
+    options = {"is_causal": SHAPES[name].is_causal, "enable_gqa": True, "dtype": dtype}
+    options["out"] = np.empty_like(tensors[0])
     with qkv_fast.backend(choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"):
-        benchmark(qkv_fast.scaled_dot_product_attention, q, k, v, **options)
-    note(shape, "-".join(filter(None, choice)))
+        benchmark(qkv_fast.scaled_dot_product_attention, *tensors, **options)
+    note(SHAPES[name], identify(choice), kind)

@@ -1,0 +1,161 @@
+"""Figures of a comparison as a page with plots: docs/benchmarks.md.
+
+    python benches/peers.py --json run.json && python benches/report.py run.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+from qkv_fast.bench.compare import best_ratio
+
+DOCS = Path(__file__).parents[1] / "docs"
+NAMES = {
+    "qkv_fast": "qkv_fast",
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "numpy": "NumPy",
+}
+COLORS = {
+    "qkv_fast": "#c0392b",
+    "torch": "#e08e0b",
+    "onnxruntime": "#2c7fb8",
+    "openvino": "#6a51a3",
+    "numpy": "#777777",
+}
+Row = dict[str, Any]
+
+
+def families(rows: list[Row]) -> dict[tuple[str, bool, int], list[Row]]:
+    """Return the rows of one batch entry by dtype, causality and head size, if they span lengths."""
+    found: dict[tuple[str, bool, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        shape = row["shape"]
+        if shape["batch"] == 1 and shape["q_len"] == (shape["kv_len"] or shape["q_len"]):
+            found[row["dtype"], shape["is_causal"], shape["head_dim"]].append(row)
+    return {
+        key: sorted(some, key=lambda r: r["shape"]["q_len"])
+        for key, some in found.items()
+        if len({r["shape"]["q_len"] for r in some}) >= 3
+    }
+
+
+def plot(key: tuple[str, bool, int], rows: list[Row], folder: Path) -> str:
+    """Draw a family, GFLOP/s over the length with the limit; return the file's name."""
+    dtype, causal, head_dim = key
+    figure, axes = plt.subplots(figsize=(6.4, 3.8))
+    lengths = [row["shape"]["q_len"] for row in rows]
+    for name, label in NAMES.items():
+        points = [(n, r["gflops"][name]) for n, r in zip(lengths, rows, strict=True)
+                  if name in r["gflops"]]  # fmt: skip
+        if points:
+            width = 2.2 if name == "qkv_fast" else 1.3
+            axes.plot(*zip(*points, strict=True), "o-", label=label, color=COLORS[name],
+                      linewidth=width, markersize=4)  # fmt: skip
+    peaks = [row["peak_gflops"] for row in rows]
+    fastest = max(max(row["gflops"].values()) for row in rows)
+    if min(peaks) < 3 * fastest:
+        axes.plot(lengths, peaks, "--", color="black", linewidth=1, label="multiply-add peak")
+    else:
+        text = f"multiply-add peak: {min(peaks):.0f}-{max(peaks):.0f}"
+        axes.text(0.02, 0.95, text, transform=axes.transAxes, va="top")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(lengths)), [str(n) for n in sorted(set(lengths))])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("length (queries = keys)")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"{dtype}, {'causal' if causal else 'full'}, head size {head_dim}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    file = f"benchmarks-{dtype}-{'causal' if causal else 'full'}-{head_dim}.svg"
+    figure.tight_layout()
+    figure.savefig(folder / file, metadata={"Date": None})
+    plt.close(figure)
+    return file
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Return a Markdown table of the rows."""
+    peers = [name for name in NAMES if any(name in row["gflops"] for row in rows)]
+    lines = [
+        "| batch, heads, length, head size | "
+        + " | ".join(NAMES[name] for name in peers)
+        + " | peak | share | GB/s | to the best peer |",
+        "|---|" + "---|" * (len(peers) + 4),
+    ]
+    for row in rows:
+        s = row["shape"]
+        label = f"{s['batch']}, {s['num_heads']}, {s['q_len']}, {s['head_dim']}"
+        label += " causal" if s["is_causal"] else ""
+        cells = [
+            f"{row['gflops'][name]:.0f}" if name in row["gflops"] else "-" for name in peers
+        ]
+        ratio = best_ratio(row)
+        share = row["gflops"].get("qkv_fast", 0) / row["peak_gflops"]
+        lines.append(
+            f"| {label} | {' | '.join(cells)} | {row['peak_gflops']:.0f} | {share:.2f} "
+            f"| {row['read_gb_per_s']:.0f} | {'-' if ratio is None else f'{ratio:.2f}'} |"
+        )
+    return lines
+
+
+def page(result: dict[str, Any], folder: Path) -> str:
+    """Draw the plots and return the page's text."""
+    machine, rows = result["machine"], result["rows"]
+    versions = ", ".join(
+        f"{NAMES[name]} {version}" for name, version in machine["versions"].items() if version
+    )
+    config = machine["config"]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `benches/report.py` from one run of `benches/peers.py`; do not edit.",
+        "",
+        f"{machine['date']}, {machine.get('model name', config['platform'])} (family "
+        f"{machine.get('cpu family', '?')}, model {machine.get('model', '?')}), "
+        f"{rows[0]['threads']} threads, {machine['system']}; {config['compiler']}.",
+        f"{versions}.",
+        "",
+        "GFLOP/s: 4·B·H·Lq·Lk·D operations, half of that when causal. Each library runs in a process of its "
+        "own, in turns; medians of rounds. Every answer was held against float64 first. Peak: multiply-adds "
+        "in registers with the instructions that qkv_fast uses for the dtype, measured beside each row; "
+        "share: qkv_fast's part of it. GB/s: reading memory, likewise.",
+        "",
+        "The peak is that of a loop without loads. Under a real product the CPU of this run clocks some "
+        "10 % lower for power; and for bfloat16 on a matrix unit (AMX) it is the softmax, in float32 "
+        "vectors, that takes most of the time, not the products that the peak is of.",
+        "",
+    ]  # fmt: skip
+    for key, family in families(rows).items():
+        file = plot(key, family, folder)
+        lines += [f"![{file.removesuffix('.svg').replace('-', ' ')}]({file})", ""]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        lines += [f"## {dtype}", ""]
+        lines += table([row for row in rows if row["dtype"] == dtype]) + [""]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("json", help="what benches/peers.py wrote")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
+    options = parser.parse_args(arguments)
+    mpl.rcParams["svg.hashsalt"] = "qkv_fast"
+    result = json.loads(Path(options.json).read_text(encoding="utf-8"))
+    text = page(result, options.docs)
+    (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
