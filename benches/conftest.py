@@ -1,4 +1,4 @@
-"""Figures beside each benchmark: GFLOP/s, and its share of the multiply-add peak of the same run."""
+"""Figures beside each benchmark: GFLOP/s, and the share of the multiply-add peak meanwhile."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Figures of a comparison as a page with plots: docs/benchmarks.md.
 
-    python benches/peers.py --json run.json && python benches/report.py run.json
+``python benches/peers.py --json run.json && python benches/report.py run.json``
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def families(rows: list[Row]) -> dict[tuple[str, bool, int], list[Row]]:
-    """Return the rows of one batch entry by dtype, causality and head size, if they span lengths."""
+    """Return the rows of batch 1 by dtype, causality and head size, where they span lengths."""
     found: dict[tuple[str, bool, int], list[Row]] = defaultdict(list)
     for row in rows:
         shape = row["shape"]
@@ -97,9 +97,7 @@ def table(rows: list[Row]) -> list[str]:
         s = row["shape"]
         label = f"{s['batch']}, {s['num_heads']}, {s['q_len']}, {s['head_dim']}"
         label += " causal" if s["is_causal"] else ""
-        cells = [
-            f"{row['gflops'][name]:.0f}" if name in row["gflops"] else "-" for name in peers
-        ]
+        cells = [f"{row['gflops'][name]:.0f}" if name in row["gflops"] else "-" for name in peers]
         ratio = best_ratio(row)
         share = row["gflops"].get("qkv_fast", 0) / row["peak_gflops"]
         lines.append(
@@ -126,14 +124,15 @@ def page(result: dict[str, Any], folder: Path) -> str:
         f"{rows[0]['threads']} threads, {machine['system']}; {config['compiler']}.",
         f"{versions}.",
         "",
-        "GFLOP/s: 4·B·H·Lq·Lk·D operations, half of that when causal. Each library runs in a process of its "
-        "own, in turns; medians of rounds. Every answer was held against float64 first. Peak: multiply-adds "
-        "in registers with the instructions that qkv_fast uses for the dtype, measured beside each row; "
-        "share: qkv_fast's part of it. GB/s: reading memory, likewise.",
+        "GFLOP/s: 4·B·H·Lq·Lk·D operations, half of that when causal. Each library runs in a "
+        "process of its own, in turns; medians of rounds. Every answer was held against float64 "
+        "first. Peak: multiply-adds in registers with the instructions that qkv_fast uses for "
+        "the dtype, measured beside each row; share: qkv_fast's part of it. GB/s: reading "
+        "memory, likewise.",
         "",
-        "The peak is that of a loop without loads. Under a real product the CPU of this run clocks some "
-        "10 % lower for power; and for bfloat16 on a matrix unit (AMX) it is the softmax, in float32 "
-        "vectors, that takes most of the time, not the products that the peak is of.",
+        "The peak is that of a loop without loads; right after a real product a CPU may clock "
+        "lower (10 % on the Xeon where this was looked at). For bfloat16 on a matrix unit (AMX) "
+        "it is the softmax, in float32 vectors, that takes most of the time, not the products.",
         "",
     ]  # fmt: skip
     for key, family in families(rows).items():
@@ -141,7 +140,7 @@ def page(result: dict[str, Any], folder: Path) -> str:
         lines += [f"![{file.removesuffix('.svg').replace('-', ' ')}]({file})", ""]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         lines += [f"## {dtype}", ""]
-        lines += table([row for row in rows if row["dtype"] == dtype]) + [""]
+        lines += [*table([row for row in rows if row["dtype"] == dtype]), ""]
     return "\n".join(lines)
 
 

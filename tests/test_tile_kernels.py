@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
 pytest.importorskip("qkv_fast._engine", reason="no native engine")
+pytest.importorskip("ml_dtypes")
 
+import ml_dtypes
 from tile_tables import Table, address, pointers, tables
 
 from qkv_fast._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
@@ -379,9 +380,7 @@ def test_paired_softmax(paired, rng):
                 np.testing.assert_allclose(top, exact_top, rtol=1e-6)
                 np.testing.assert_allclose(decay, np.exp2(-10 - exact_top), rtol=1e-5)
                 p = np.exp2(before * factor - exact_top)
-                np.testing.assert_allclose(
-                    total, np.where(bits, p, 0).sum(0) + decay, rtol=1e-5
-                )
+                np.testing.assert_allclose(total, np.where(bits, p, 0).sum(0) + decay, rtol=1e-5)
                 pairs = s[: up(nk, paired.depth_step) // 2].view(BF16)
                 stored = pairs.reshape(-1, ld, 2).swapaxes(1, 2).reshape(-1, ld).astype(float)
                 np.testing.assert_allclose(stored[:nk], np.where(bits, p, 0), rtol=2**-8)

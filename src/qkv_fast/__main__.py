@@ -1,4 +1,4 @@
-"""``python -m qkv_fast``: ``info`` to paste into a bug report, ``bench`` to see how fast it is here."""
+"""``python -m qkv_fast``: ``info`` for a bug report, ``bench`` to see how fast it is here."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _run_block(
         p.lse[index][heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
 
 
-def _reals(array: Array, code: int, real: npt.DTypeLike = None) -> Array:
+def _reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
     """Return the array as real numbers; bfloat16 is the upper half of a float32."""
     if code & ~SWAPPED == BFLOAT16:
         array = (array.view(array.dtype.str.replace("V", "u")).astype(np.uint32) << 16).view(

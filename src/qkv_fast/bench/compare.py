@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     peers = [Peer(name, options.threads) for name in names]
     result: dict[str, Any] = {"machine": machine(), "rows": []}
-    print(f"GFLOP/s (share of the multiply-add peak), {options.threads} threads; ratio: to the best")
+    print(f"GFLOP/s (share of the multiply-add peak), {options.threads} threads")
     print(header(names))
     for name, shape in shapes.items():
         for dtype in options.dtypes:

@@ -44,7 +44,7 @@ def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
         k, v = (x.repeat(q.shape[1] // k.shape[1], axis=1) for x in (k, v))
     scores: Array = q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
     if is_causal:
-        scores[..., ~np.tri(*scores.shape[-2:], dtype=bool)] = -np.inf
+        scores[..., np.triu(np.ones(scores.shape[-2:], bool), 1)] = -np.inf
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
@@ -53,13 +53,13 @@ def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
 
 
 def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
-    """This library."""
+    """Prepare this library."""
     import qkv_fast
 
     raw = dtype == "bfloat16"
     q, k, v = (to_bfloat16_bits(x) for x in tensors) if raw else tensors
     out = np.empty_like(q)
-    options = {"is_causal": shape.is_causal, "enable_gqa": True, "out": out}
+    options: dict[str, Any] = {"is_causal": shape.is_causal, "enable_gqa": True, "out": out}
     options |= {"num_threads": threads, "dtype": dtype if raw else None}
 
     def run() -> Any:
@@ -71,14 +71,15 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
 
 
 def prepare_numpy(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
-    """Three lines of NumPy."""
+    """Prepare three lines of NumPy."""
     if dtype != "float32":
         raise NotImplementedError("NumPy has no bfloat16")
-    return lambda: numpy_attention(*tensors, shape.is_causal)
+    q, k, v = tensors
+    return lambda: numpy_attention(q, k, v, shape.is_causal)
 
 
 def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
-    """PyTorch's scaled_dot_product_attention."""
+    """Prepare PyTorch's scaled_dot_product_attention."""
     import torch
 
     torch.set_num_threads(threads)
@@ -95,7 +96,7 @@ def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) 
 
 
 def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
-    """ONNX Runtime's com.microsoft MultiHeadAttention."""
+    """Prepare ONNX Runtime's com.microsoft MultiHeadAttention."""
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
@@ -146,7 +147,7 @@ def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads:
 
 
 def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
-    """OpenVINO's scaled_dot_product_attention, in this dtype from input to output."""
+    """Prepare OpenVINO's scaled_dot_product_attention, in this dtype from input to output."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -220,7 +221,7 @@ def tensors_of(shape: Shape, dtype: str) -> list[Array]:
 
 
 def work(peer: str, threads: int, pipe: Connection) -> None:
-    """A peer's process: prepare a shape when told, run it for a turn when told, else sleep."""
+    """Be a peer's process: prepare a shape when told, run a turn when told, else sleep."""
     run: Run | None = None
     while (message := pipe.recv()) is not None:
         try:
@@ -234,7 +235,7 @@ def work(peer: str, threads: int, pipe: Connection) -> None:
                 pipe.send(("ready", error))
             else:
                 assert run is not None
-                times = []
+                times: list[float] = []
                 run()
                 end = time.perf_counter() + message[1]
                 while not times or time.perf_counter() < end:
