@@ -1,4 +1,6 @@
 /* Both products on AMX, whose unit multiplies 16 x 32 by 32 x 16 bfloat16: included by tile_tmpl.h. */
+#undef TILE_Q
+#define TILE_Q (2 * LANES) /* so that S, Qt, acc and a block of K or V at head size 64 fit into 48 KiB */
 #define ROW_STEP 16
 #define DEPTH_STEP 32
 #define ENTER open_matrix_unit
@@ -54,6 +56,32 @@ INLINE void matrix_tile(const int two_rows, const int two_vecs, real *C, const r
     if (two_rows && two_vecs) _tile_stored(3, C2 + LANES, ld_bytes);
 }
 
+/* C = A * B for all rows of 32 lanes, where B, at most 64 deep, stays in four registers: half the
+ * loads, and the stores of two tiles go on beside the products of the next. */
+INLINE void matrix_rows(real *C, const real *B, ptrdiff_t ld, const char *A, ptrdiff_t a_row,
+                        ptrdiff_t rows, const int two_steps)
+{
+    const ptrdiff_t ld_bytes = ld * (ptrdiff_t)sizeof(real);
+    _tile_loadd(4, B, ld_bytes);
+    _tile_loadd(5, B + LANES, ld_bytes);
+    if (two_steps) _tile_loadd(6, B + 16 * ld, ld_bytes);
+    if (two_steps) _tile_loadd(7, B + 16 * ld + LANES, ld_bytes);
+    for (ptrdiff_t r = 0; r < rows; r += 16, C += 16 * ld, A += 16 * a_row) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_loadd(2, A, a_row);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_dpbf16ps(1, 2, 5);
+        if (two_steps) {
+            _tile_loadd(3, A + 64, a_row);
+            _tile_dpbf16ps(0, 3, 6);
+            _tile_dpbf16ps(1, 3, 7);
+        }
+        _tile_stored(0, C, ld_bytes);
+        _tile_stored(1, C + LANES, ld_bytes);
+    }
+}
+
 /* C[rows][:] *= decay[:], unless that is 1 in every lane. */
 INLINE void rescale(real *C, ptrdiff_t rows, int nvec, const real *decay)
 {
@@ -78,6 +106,14 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
     (void)a_red, (void)span, (void)span_rows;
     if (decay) rescale(C, rows, nvec, decay);
     __asm__ volatile("" ::: "memory"); /* before the unit reads it */
+    if (!decay && steps == 2 && nvec == 2) {
+        matrix_rows(C, B, ld, A, a_row, rows, 1);
+        return;
+    }
+    if (!decay && steps == 1 && nvec == 2) {
+        matrix_rows(C, B, ld, A, a_row, rows, 0);
+        return;
+    }
     for (ptrdiff_t r = 0; r < rows; r += 32, C += 32 * ld, A += 32 * a_row) {
         const int two_rows = rows - r > 16;
         for (int v = 0; v < nvec; v += 2) {

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import array
+import ctypes
+import mmap
 import subprocess
+import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -198,3 +202,49 @@ def test_nothing_grows_with_the_square_of_the_length(native):
     done: subprocess.CompletedProcess[str] = run_python(FOOTPRINT.format(length=32768))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8 * 1024  # KiB
+
+
+class Fenced:
+    """Memory that ends where a page that can't be read begins."""
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.maps: list[mmap.mmap] = []
+
+    def place(self, array: np.ndarray) -> np.ndarray:
+        """Return a copy whose last byte is the last that may be read."""
+        page = mmap.PAGESIZE
+        size = -(-array.nbytes // page) * page
+        memory = mmap.mmap(-1, size + page)
+        self.maps.append(memory)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        if self.libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0):
+            pytest.skip("mprotect is not to be had")
+        copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes)
+        copy = copy.reshape(array.shape)
+        copy[...] = array
+        return copy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "size", [(5, 7, 3, 2), (64, 128, 64, 64), (33, 50, 40, 24), (17, 129, 80, 31)]
+)
+def test_nothing_behind_the_inputs_is_read(engine, rng, dtype, size):
+    """A vector or matrix tile that reads past the end of an array ends the process here."""
+    q_len, kv_len, head_dim, v_dim = size
+    fenced = Fenced()
+    q, k, v = (
+        fenced.place(rng.standard_normal(shape).astype(dtype))
+        for shape in ((2, q_len, head_dim), (2, kv_len, head_dim), (2, kv_len, v_dim))
+    )
+    masks = [None, rng.random((2, q_len, kv_len)) > 0.3, rng.standard_normal((2, q_len, kv_len))]
+    for mask in masks:
+        if mask is not None:
+            mask = fenced.place(mask.astype(dtype) if mask.dtype != bool else mask)
+        for is_causal in (False, True):
+            out = fenced.place(np.zeros((2, q_len, v_dim), dtype))
+            sdpa(q, k, v, mask, is_causal=is_causal, out=out)
+            expected = sdpa(q.copy(), k.copy(), v.copy(), mask, is_causal=is_causal)
+            np.testing.assert_array_equal(out.astype(float), expected.astype(float))

@@ -10,16 +10,14 @@ VOCABULARY vec v_negate_pairs(vec x)
 {
     return (vec)_mm512_xor_si512((__m512i)x, _mm512_set1_epi32((int)0x80008000u));
 }
-VOCABULARY vec v_interleave(vec low_high) /* 16 firsts and 16 seconds to 16 pairs */
+/* Rounded to nearest, halves upwards: faster than vcvtne2ps2bf16 and a permutation (0.56 to 0.81 ns on
+ * Granite Rapids), and as good for probabilities. A NaN may come out as anything. */
+VOCABULARY vec v_to_pairs(vec first, vec second)
 {
-    const __m512i order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-        3, 18, 2, 17, 1, 16, 0);
-    return (vec)_mm512_permutexvar_epi16(order, (__m512i)low_high);
-}
-VOCABULARY vec v_to_pairs(vec first, vec second) /* rounded to nearest even */
-{
-    return v_interleave((vec)_mm512_cvtne2ps_pbh(second, first));
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
+    const __m512i high = _mm512_add_epi32((__m512i)second, half);
+    return (vec)_mm512_mask_blend_epi16(0xaaaaaaaau, low, high);
 }
 VOCABULARY vec v_first_of_pair(vec x) { return (vec)_mm512_slli_epi32((__m512i)x, 16); }
 VOCABULARY vec v_second_of_pair(vec x)

@@ -101,7 +101,7 @@ cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
     MAX_VECTORS = 32    # of a tile: two doubles each at least
     PACKED_STEP = 32    # what pack_values rounds both axes up to
-    MAX_BLOCK_K = 128
+    MAX_BLOCK_K = 256
     MAX_TABLES = 8
     ALIGNMENT = 64
 
@@ -112,14 +112,16 @@ cdef double LN2 = 0.69314718055994530942
 # Keys of a block. 64 to 128 are alike at head_dim 64 to 256 with a 48 KiB L1, 32 and 256 are 5 %
 # slower; 128 wins at bert-128, one block (bench_attention.py). Fixed for a head size, since a
 # row's sums depend on where blocks begin.
-cdef Py_ssize_t BLOCK_K = MAX_BLOCK_K
+cdef Py_ssize_t BLOCK_K = 128
+cdef Py_ssize_t BLOCK_K_MATRIX = 256    # a matrix unit reads and writes acc too often with fewer:
+cdef Py_ssize_t LARGE = 128             # 20 % at head size 256; but 15 % slower at 64
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
 # Tiles that run in step over the key blocks when a head's keys and values are more than
 # SHARED_KEYS bytes, about what stays in a core's L2: a block then comes from the L3 once for all
 # of them. As long as the threads still have TASKS_PER_THREAD tasks each, for balance.
-cdef Py_ssize_t MAX_TILES_PER_TASK = 4
+cdef Py_ssize_t MAX_ROWS_PER_TASK = 256
 cdef Py_ssize_t SHARED_KEYS = 1 << 20
 cdef Py_ssize_t TASKS_PER_THREAD = 4
 
@@ -981,6 +983,8 @@ def run(problem, str tiles, str isa):
         raise MemoryError(f"no memory for tiles of head size {widest}")
     cdef int budget = problem.num_threads
     call.block_k = BLOCK_K if widest <= WIDE else BLOCK_K_WIDE
+    if kernels.row_step > 1 and LARGE < widest <= WIDE:
+        call.block_k = BLOCK_K_MATRIX
     call.tiles = (call.group * call.q_len + kernels.tile_q - 1) // kernels.tile_q
     call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
     call.tiles_per_task = 1
@@ -989,8 +993,9 @@ def run(problem, str tiles, str isa):
     if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
             or call.mask.data != NULL
             or call.kv_len * (call.head_dim + call.v_dim) * call.operand_bytes > SHARED_KEYS):
-        while (call.tiles_per_task < MAX_TILES_PER_TASK and batches * call.num_kv_heads
-               * call.tiles > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
+        while (call.tiles_per_task * kernels.tile_q < MAX_ROWS_PER_TASK
+               and batches * call.num_kv_heads * call.tiles
+               > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
             call.tiles_per_task *= 2
     call.tasks_per_head = (call.tiles + call.tiles_per_task - 1) // call.tiles_per_task
     call.tasks = batches * call.num_kv_heads * call.tasks_per_head
