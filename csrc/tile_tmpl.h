@@ -186,13 +186,14 @@ static void alibi(void *S_, ptrdiff_t nk, int nvec, const void *slope_, const vo
 {
     real *S = S_;
     const real *slope = slope_, *position = position_;
-    for (ptrdiff_t k = 0; k < nk; k++) {
-        for (int v = 0; v < nvec; v++, S += LANES) {
-            const vec factor = v_mul(v_load(slope + v * LANES), v_set1((real)-LOG2E));
-            const vec away = v_sub(v_load(position + v * LANES), v_set1((real)k));
-            const vec distance = v_max(away, v_sub(v_set1(0), away));
-            v_store(S, v_fma(factor, distance, v_load(S)));
-        }
+    const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
+    for (int v = 0; v < nvec; v++) {
+        const vec factor = v_mul(v_load(slope + v * LANES), v_set1((real)-LOG2E));
+        const vec at = v_load(position + v * LANES), one = v_set1(1);
+        vec key = v_set1(0);
+        real *s = S + v * LANES;
+        for (ptrdiff_t k = 0; k < nk; k++, s += ld, key = v_add(key, one))
+            v_store(s, v_fma(factor, v_abs(v_sub(at, key)), v_load(s)));
     }
 }
 

@@ -19,6 +19,7 @@ VOCABULARY vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 VOCABULARY vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 VOCABULARY vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+VOCABULARY vec v_abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
@@ -107,6 +108,7 @@ VOCABULARY vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
 VOCABULARY vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
 VOCABULARY vec v_div(vec a, vec b) { return _mm256_div_pd(a, b); }
 VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
+VOCABULARY vec v_abs(vec x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
 VOCABULARY vec v_min(vec a, vec b) { return _mm256_min_pd(a, b); }
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_pd(b, a, m); }

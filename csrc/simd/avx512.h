@@ -20,6 +20,7 @@ VOCABULARY vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 VOCABULARY vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 VOCABULARY vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+VOCABULARY vec v_abs(vec x) { return _mm512_abs_ps(x); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); } /* b where one is NaN */
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
@@ -138,6 +139,7 @@ VOCABULARY vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
 VOCABULARY vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
 VOCABULARY vec v_div(vec a, vec b) { return _mm512_div_pd(a, b); }
 VOCABULARY vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+VOCABULARY vec v_abs(vec x) { return _mm512_abs_pd(x); }
 VOCABULARY vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
 VOCABULARY vec v_min(vec a, vec b) { return _mm512_min_pd(a, b); }
 VOCABULARY vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }

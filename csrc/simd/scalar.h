@@ -37,6 +37,7 @@ VOCABULARY vec v_select(vmask m, vec a, vec b) /* m ? a : b */
 {
     return (vec)((m & (vmask)a) | (~m & (vmask)b));
 }
+VOCABULARY vec v_abs(vec x) { return v_select(x < 0, -x, x); }
 VOCABULARY vec v_max(vec a, vec b) { return v_select(a > b, a, b); } /* b where one is NaN */
 VOCABULARY vec v_min(vec a, vec b) { return v_select(a < b, a, b); } /* b where one is NaN */
 VOCABULARY vec v_select_negative(vec sign, vec a, vec b) /* a where the sign bit is set */

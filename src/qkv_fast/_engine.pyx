@@ -235,6 +235,18 @@ cdef inline void set_real(void *reals, int i, int real_bytes, double x) noexcept
         (<double *>reals)[i] = x
 
 
+cdef void set_relative(void *reals, const int64_t *values, int64_t origin, int64_t low,
+                       int64_t high, int count, int real_bytes) noexcept nogil:
+    """reals[i] = values[i] - origin, between low and high."""
+    cdef int i
+    if real_bytes == 4:
+        for i in range(count):
+            (<float *>reals)[i] = <float>clamp(values[i] - origin, low, high)
+    else:
+        for i in range(count):
+            (<double *>reals)[i] = <double>clamp(values[i] - origin, low, high)
+
+
 cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
     return low if x < low else high if x > high else x
 
@@ -417,9 +429,8 @@ cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin, Py_ssi
     cdef int i
     memset(tile.allow, 0xff, nk * sizeof(uint64_t))
     if tile.first_max > begin or tile.last_min < begin + nk - 1:
-        for i in range(tile.lanes):
-            set_real(tile.range_first, i, real_bytes, clamp(tile.first[i] - begin, -1, nk))
-            set_real(tile.range_last, i, real_bytes, clamp(tile.last[i] - begin, -1, nk))
+        set_relative(tile.range_first, tile.first, begin, -1, nk, tile.lanes, real_bytes)
+        set_relative(tile.range_last, tile.last, begin, -1, nk, tile.lanes, real_bytes)
         call.kernels.limit_range(tile.allow, nk, tile.nvec, tile.range_first, tile.range_last)
     if masked:
         if is_shared(&call.mask):
@@ -477,8 +488,8 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
     if call.softcap != 0:
         kernels.softcap(head.S, nk, tile.nvec, call.softcap)
     if head.slopes != NULL:
-        for i in range(tile.lanes):
-            set_real(tile.relative, i, kernels.real_bytes, <double>(tile.position[i] - begin))
+        set_relative(tile.relative, tile.position, begin, -UNBOUNDED, UNBOUNDED, tile.lanes,
+                     kernels.real_bytes)
         kernels.alibi(head.S, nk, tile.nvec, tile.slope, tile.relative)
     if head.mask != NULL and call.mask.type != QKV_BOOL:
         for i in range(1 if shared else tile.lanes):
