@@ -1,6 +1,7 @@
 /* What the templates need of `real`; included by every vocabulary. REAL_BITS is 32 or 64. */
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #if REAL_BITS == 32
