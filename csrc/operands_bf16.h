@@ -113,7 +113,7 @@ static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, p
 {
     (void)span;
     product(S, Qt, K, k_stride, 4, (nk + ROW_STEP - 1) / ROW_STEP * ROW_STEP,
-            (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, NULL, NULL, 0);
+            (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, NULL, NULL, 1);
 }
 
 static void accumulate(void *acc, const void *P, const char *Vt, ptrdiff_t v_stride, ptrdiff_t nk,

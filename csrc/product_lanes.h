@@ -34,54 +34,90 @@ INLINE void register_tile(const int rows, const int nv, real *C, const real *B, 
         UNROLL for (int v = 0; v < nv; v++) v_store(C + r * ld + v * LANES, c[r * nv + v]);
 }
 
-INLINE void strip_product(const int nv, real *C, const real *B, ptrdiff_t ld, const char *A,
-                          const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
-                          ptrdiff_t red, const real *decay)
+/* A[r][t] lie side by side along r where it is V: then more rows are no more addresses. */
+#ifndef rows_of_values
+#define rows_of_values(nv) rows_of(nv)
+#endif
+
+INLINE void strip_product(const int nv, const int most, real *C, const real *B, ptrdiff_t ld,
+                          const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
+                          ptrdiff_t rows, ptrdiff_t red, const real *decay)
 {
 #define TILE(n)                                                                                  \
     do {                                                                                         \
         register_tile(n, nv, C, B, ld, A, a_row, a_red, red, decay);                             \
         C += (n) * ld, A += (n) * a_row, rows -= (n);                                            \
     } while (0)
-    while (rows >= rows_of(nv)) TILE(rows_of(nv));
-    if (rows_of(nv) > 8 && rows >= 8) TILE(8);
-    if (rows_of(nv) > 4 && rows >= 4) TILE(4);
+    while (rows >= most) TILE(most);
+    if (most > 16 && rows >= 16) TILE(16);
+    if (most > 8 && rows >= 8) TILE(8);
+    if (most > 4 && rows >= 4) TILE(4);
     if (rows >= 2) TILE(2);
     if (rows >= 1) TILE(1);
 #undef TILE
 }
 
-/* C = C * decay + A * B, for vectors of equal spans together, at most STRIP at a time. A span limits
- * the rows of C (span_rows), or else the reduced axis; that skips only what adds nothing. */
+/* n <= STRIP vectors. */
+INLINE void some_vectors(int n, real *C, const real *B, ptrdiff_t ld, const char *A,
+                         const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
+                         ptrdiff_t red, const real *decay, const int is_scores)
+{
+#define STRIP_OF(nv)                                                                             \
+    strip_product(nv, is_scores ? rows_of(nv) : rows_of_values(nv), C, B, ld, A, a_row, a_red,   \
+                  rows, red, decay)
+    switch (n) {
+    case 1: STRIP_OF(1); break;
+#if STRIP > 2
+    case 2: STRIP_OF(2); break;
+    case 3: STRIP_OF(3); break;
+#endif
+    default: STRIP_OF(STRIP); break;
+    }
+#undef STRIP_OF
+}
+
+/* C = C * decay + A * B, at most STRIP vectors at a time. Spans skip only what adds nothing: for
+ * scores rows of C, those that all vectors need being computed together; for values, terms of the
+ * sums, for vectors of equal spans together. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *decay, const qkv_span *span, const int span_rows)
+                    const real *decay, const qkv_span *span, const int is_scores)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0, n; v < nvec; v += n) {
-        real *c = C + v * LANES;
-        const real *b = B + v * LANES, *by = decay ? decay + v * LANES : NULL;
-        const char *a = A;
-        ptrdiff_t some_rows = rows, some_red = red;
-        n = 1;
-        while (n < STRIP && v + n < nvec &&
-               (!span || (span[v].begin == span[v + n].begin && span[v].end == span[v + n].end)))
-            n++;
-        if (span && span_rows) {
-            c += span[v].begin * ld, a += span[v].begin * a_row;
-            some_rows = span[v].end - span[v].begin;
+        const real *by = decay ? decay + v * LANES : NULL;
+        int begin = 0, end = (int)(is_scores ? rows : red);
+        n = nvec - v < STRIP ? nvec - v : STRIP;
+        if (span && is_scores) {
+            for (int i = v; i < v + n; i++) {
+                begin = span[i].begin > begin ? span[i].begin : begin;
+                end = span[i].end < end ? span[i].end : end;
+            }
+            if (end < begin) end = begin;
+            for (int i = v; i < v + n; i++) {
+                real *c = C + i * LANES;
+                const real *b = B + i * LANES;
+                const ptrdiff_t first = span[i].begin, last = span[i].end;
+                const ptrdiff_t before = (begin < last ? begin : last) - first;
+                const ptrdiff_t from = end > first ? end : first;
+                if (before > 0)
+                    some_vectors(1, c + first * ld, b, ld, A + first * a_row, a_row, a_red, before,
+                                 red, by, 1);
+                if (last > from)
+                    some_vectors(1, c + from * ld, b, ld, A + from * a_row, a_row, a_red,
+                                 last - from, red, by, 1);
+            }
         } else if (span) {
-            b += span[v].begin * ld, a += span[v].begin * a_red;
-            some_red = span[v].end - span[v].begin;
+            begin = span[v].begin, end = span[v].end;
+            for (int i = 1; i < n; i++)
+                if (span[v + i].begin != begin || span[v + i].end != end) n = i;
         }
-        switch (n) {
-        case 1: strip_product(1, c, b, ld, a, a_row, a_red, some_rows, some_red, by); break;
-#if STRIP > 2
-        case 2: strip_product(2, c, b, ld, a, a_row, a_red, some_rows, some_red, by); break;
-        case 3: strip_product(3, c, b, ld, a, a_row, a_red, some_rows, some_red, by); break;
-#endif
-        default: strip_product(STRIP, c, b, ld, a, a_row, a_red, some_rows, some_red, by); break;
-        }
+        if (is_scores)
+            some_vectors(n, C + v * LANES + begin * ld, B + v * LANES, ld, A + begin * a_row,
+                         a_row, a_red, end - begin, red, by, 1);
+        else
+            some_vectors(n, C + v * LANES, B + v * LANES + begin * ld, ld, A + begin * a_red,
+                         a_row, a_red, rows, end - begin, by, 0);
     }
 }
 

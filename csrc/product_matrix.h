@@ -100,10 +100,10 @@ INLINE void rescale(real *C, ptrdiff_t rows, int nvec, const real *decay)
  * bfloat16, of 16; a_red is 4. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *decay, const qkv_span *span, const int span_rows)
+                    const real *decay, const qkv_span *span, const int is_scores)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES, steps = red / 16;
-    (void)a_red, (void)span, (void)span_rows;
+    (void)a_red, (void)span, (void)is_scores;
     if (decay) rescale(C, rows, nvec, decay);
     __asm__ volatile("" ::: "memory"); /* before the unit reads it */
     if (!decay && steps == 2 && nvec == 2) {

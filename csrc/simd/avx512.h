@@ -6,6 +6,7 @@
 #define LANES (64 / (REAL_BITS / 8))
 #define STRIP 4
 #define rows_of(nv) ((nv) <= 2 ? 12 : (nv) == 3 ? 8 : 6)
+#define rows_of_values(nv) ((nv) == 1 ? 24 : rows_of(nv))
 #define TILE_Q (4 * LANES)
 #define ALL_LANES ((UINT64_C(1) << LANES) - 1)
 
