@@ -12,7 +12,16 @@ import pytest
 import qkv_fast
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["attention", "_backend", "_threads", "_config", "_problem", "_reference"]
+MODULES = [
+    "attention",
+    "bench.shapes",
+    "_backend",
+    "_threads",
+    "_config",
+    "_problem",
+    "_reference",
+    "merge",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

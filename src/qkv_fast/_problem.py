@@ -132,11 +132,11 @@ def normalize(
 ) -> Problem:
     """Check everything, in the order of the facade's parameters, and lay it out for an engine."""
     if type(query) is not np.ndarray:
-        query = _as_array("query", query)
+        query = as_array("query", query)
     if type(key) is not np.ndarray:
-        key = _as_array("key", key)
+        key = as_array("key", key)
     if type(value) is not np.ndarray:
-        value = _as_array("value", value)
+        value = as_array("value", value)
 
     p = Problem()
     raw = dtype is not None
@@ -220,7 +220,7 @@ def normalize(
     return p
 
 
-def _as_array(name: str, given: Any) -> Array:
+def as_array(name: str, given: Any) -> Array:
     """View what was given as an ndarray, without a copy."""
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(
@@ -256,17 +256,23 @@ def code_of(dtype: np.dtype[Any], raw: bool = False) -> int:
     return code if code < 0 or dtype.isnative else code + SWAPPED
 
 
+def wants_bits(dtype: Any) -> bool:
+    """Whether an argument `dtype` says that uint16 holds bfloat16."""
+    if dtype is None:
+        return False
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name != "bfloat16":
+        raise ValueError(
+            f"dtype is {dtype!r}: it must be 'bfloat16', where uint16 arrays hold that, or None"
+        )
+    return True
+
+
 def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -> None:
-    raw = dtype is not None
-    if raw and str(getattr(dtype, "name", dtype)) != "bfloat16":
-        try:
-            raw = np.dtype(dtype).name == "bfloat16"
-        except TypeError:
-            raw = False
-        if not raw:
-            raise ValueError(
-                f"dtype is {dtype!r}: it must be 'bfloat16', where uint16 arrays hold that, or None"
-            )
+    raw = wants_bits(dtype)
     p.query_code, p.key_code, p.value_code = codes = (
         code_of(query.dtype, raw),
         code_of(key.dtype, raw),
@@ -344,7 +350,7 @@ def _check_groups(num_heads: int, num_kv_heads: int, enable_gqa: Any) -> None:
 
 
 def _set_mask(p: Problem, given: Any, shape: tuple[int, ...], raw: bool) -> None:
-    mask = given if type(given) is np.ndarray else _as_array("attn_mask", given)
+    mask = given if type(given) is np.ndarray else as_array("attn_mask", given)
     p.mask_code = BOOL if mask.dtype == np.bool_ else code_of(mask.dtype, raw)
     if p.mask_code < 0:
         raise TypeError(

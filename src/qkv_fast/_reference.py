@@ -55,13 +55,13 @@ def _run_block(
     positions, keys = _reach(p, index, rows)
 
     # (kv heads, group · rows, D): the query heads of a group are more rows against its keys.
-    query = _reals(p.query[index][heads, rows], p.query_code, real)
+    query = reals(p.query[index][heads, rows], p.query_code, real)
     shape = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
     stacked = query.reshape(shape[0], shape[1] * shape[2], -1)
     key, value = p.key[index][kv_heads, keys], p.value[index][kv_heads, keys]
     scores = np.empty((*stacked.shape[:2], key.shape[1]), real)
     for some in _key_blocks(key, real):
-        scores[..., some] = stacked @ _reals(key[:, some], p.key_code, real).swapaxes(-1, -2)
+        scores[..., some] = stacked @ reals(key[:, some], p.key_code, real).swapaxes(-1, -2)
     scores = scores.reshape(*shape, -1)
     scores *= real(p.scale)
 
@@ -77,7 +77,7 @@ def _run_block(
         if mask.dtype == np.bool_:
             allowed = allowed & mask
         else:
-            mask = _reals(mask, p.mask_code)
+            mask = reals(mask, p.mask_code)
             limit = np.finfo(real).max  # a finite bias of a wider type stays finite
             bias = np.where(np.isfinite(mask), np.clip(mask, -limit, limit), mask)
             scores += bias.astype(real)
@@ -91,7 +91,7 @@ def _run_block(
     seen = allowed.any(axis=-1, keepdims=True)
     acc = np.zeros((*shape, value.shape[-1]), real)
     for some in _key_blocks(value, real):
-        part = _reals(value[:, some], p.value_code, real)
+        part = reals(value[:, some], p.value_code, real)
         acc += _mix(weights[..., some], part, allowed[..., some])
     if p.sinks is None:
         result = acc / row_sum
@@ -103,7 +103,7 @@ def _run_block(
         result = np.where(sinks == np.inf, row_sum * 0, result)
     result = np.where(seen, result, 0).reshape(heads.stop - heads.start, shape[2], -1)
     if p.out_code == BFLOAT16:
-        p.out.view(np.uint16)[index][heads, rows] = _bfloat16_bits(result)
+        p.out.view(np.uint16)[index][heads, rows] = bfloat16_bits(result)
     else:
         p.out[index][heads, rows] = result
     if p.lse is not None:
@@ -111,7 +111,7 @@ def _run_block(
         p.lse[index][heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
 
 
-def _reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
+def reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
     """Return the array as real numbers; bfloat16 is the upper half of a float32."""
     if code & ~SWAPPED == BFLOAT16:
         array = (array.view(array.dtype.str.replace("V", "u")).astype(np.uint32) << 16).view(
@@ -120,7 +120,7 @@ def _reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
     return array if real is None else array.astype(real, copy=False)
 
 
-def _bfloat16_bits(x: Array) -> Array:
+def bfloat16_bits(x: Array) -> Array:
     """Return float32 rounded to bfloat16, to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = bits + (0x7FFF + (bits >> 16 & 1)) >> 16

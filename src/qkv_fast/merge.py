@@ -1,0 +1,123 @@
+"""Merging the attention over parts of the keys into that over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._problem import BFLOAT16, FLOAT64, SWAPPED, as_array, code_of, wants_bits
+from ._reference import bfloat16_bits, reals
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+def merge_attention(
+    outputs: Sequence[Any], lses: Sequence[Any], *, dtype: Any = None
+) -> tuple[Array, Array]:
+    r"""Combine attention over disjoint sets of keys, as if it had been computed over all of them.
+
+    Parameters
+    ----------
+    outputs : sequence of arrays, each of shape (..., Lq, Dv)
+        Results of `scaled_dot_product_attention` for the same queries over different keys; float32,
+        float64, float16 or bfloat16, all of one dtype and shape.
+    lses : sequence of arrays, each of shape (..., Lq)
+        What it returned with ``return_lse=True``. -inf is an empty part: its output has no
+        influence.
+    dtype : "bfloat16", optional
+        Take uint16 outputs as the bit patterns of bfloat16, and return such an array.
+
+    Returns
+    -------
+    result : ndarray, shape (..., Lq, Dv)
+        Of the outputs' dtype, in native byte order. Zeros where all parts are empty.
+    lse : ndarray, shape (..., Lq)
+        The log-sum-exp over all keys; float32, or float64 for float64.
+
+    Raises
+    ------
+    TypeError
+        Dtypes that differ or are none of the four.
+    ValueError
+        No parts, or shapes and counts that don't fit.
+
+    Notes
+    -----
+    With :math:`m = \max_i \mathrm{lse}_i` and :math:`w_i = e^{\mathrm{lse}_i - m}`, the result is
+    :math:`\sum_i w_i o_i / \sum_i w_i` and its lse :math:`m + \log \sum_i w_i`: the merging of
+    partial softmax states of Rabe and Staats, *Self-attention Does Not Need O(n²) Memory* (2021).
+    Sums run in the order of the parts, in float32, in float64 for float64. A sink belongs to the
+    whole, so give it to none of the parts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 6, 4))  # 2 heads, 6 queries and keys
+    >>> sdpa = qkv_fast.scaled_dot_product_attention
+    >>> parts = [sdpa(q, k[:, i], v[:, i], return_lse=True) for i in (slice(0, 4), slice(4, 6))]
+    >>> merged, lse = qkv_fast.merge_attention(*zip(*parts))
+    >>> bool(np.allclose(merged, sdpa(q, k, v)))
+    True
+    """
+    outputs = [as_array(f"outputs[{i}]", x) for i, x in enumerate(outputs)]
+    lses = [as_array(f"lses[{i}]", x) for i, x in enumerate(lses)]
+    raw = wants_bits(dtype)
+    code = _check(outputs, lses, raw)
+    real = np.float64 if code == FLOAT64 else np.float32
+    with np.errstate(all="ignore"):
+        top: Array = np.full(lses[0].shape, -np.inf, real)
+        for lse in lses:
+            np.maximum(top, lse, out=top)
+        base: Array = np.where(top == -np.inf, 0, top).astype(real)
+        total: Array = np.zeros(top.shape, real)
+        acc: Array = np.zeros(outputs[0].shape, real)
+        for output, lse in zip(outputs, lses, strict=True):
+            weight = np.exp(lse.astype(real) - base)
+            total += weight
+            part = reals(output, code_of(output.dtype, raw), real)
+            acc += np.where(weight[..., np.newaxis] == 0, 0, weight[..., np.newaxis] * part)
+        result = np.where(total[..., np.newaxis] == 0, 0, acc / total[..., np.newaxis])
+        lse = (base + np.log(total)).astype(real)
+    native = outputs[0].dtype.newbyteorder("=")
+    if code == BFLOAT16:
+        return bfloat16_bits(result).view(native), lse
+    return result.astype(native), lse
+
+
+def _check(outputs: list[Array], lses: list[Array], raw: bool) -> int:
+    """Raise when the parts don't fit; return the code of their element type."""
+    if not outputs or len(outputs) != len(lses):
+        raise ValueError(
+            f"there are {len(outputs)} outputs and {len(lses)} lses: one lse for each output is "
+            "needed, and at least one of them"
+        )
+    code = code_of(outputs[0].dtype, raw)
+    if code < 0:
+        raise TypeError(
+            f"outputs[0] has dtype {outputs[0].dtype}: it must be float32, float64, float16 or "
+            "bfloat16"
+        )
+    for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
+        if code_of(output.dtype, raw) & ~SWAPPED != code & ~SWAPPED:
+            raise TypeError(
+                f"outputs[{i}] has dtype {output.dtype}, but outputs[0] has {outputs[0].dtype}"
+            )
+        if lse.dtype.kind != "f":
+            raise TypeError(f"lses[{i}] has dtype {lse.dtype}: it must be floating")
+        if output.shape != outputs[0].shape:
+            raise ValueError(
+                f"outputs[{i}] has shape {output.shape}, but outputs[0] has {outputs[0].shape}"
+            )
+        if lse.shape != output.shape[:-1]:
+            raise ValueError(
+                f"lses[{i}] has shape {lse.shape}: it must be that of outputs[{i}] without the "
+                f"last axis, {output.shape[:-1]}"
+            )
+    return code & ~SWAPPED
