@@ -61,7 +61,8 @@ static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t
         for (; d + LANES <= Dv; d += LANES)
             sum = v_fma(v_load((const real *)(V + d * (ptrdiff_t)sizeof(real))), zero, sum);
         if (d < Dv)
-            sum = v_fma(load_part(V + d * (ptrdiff_t)sizeof(real), (Dv - d) * (ptrdiff_t)sizeof(real)), zero, sum);
+            sum = v_fma(load_part(V + d * (ptrdiff_t)sizeof(real),
+                                  (Dv - d) * (ptrdiff_t)sizeof(real)), zero, sum);
     }
     return v_le_bits(sum, zero) == ALL_LANES;
 }

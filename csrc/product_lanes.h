@@ -5,8 +5,9 @@
 
 /* The register tile of both products: C[r][0..nv) = C * decay + sum_t A[r][t] * B[t][0..nv), where
  * A[r][t] is a real, or a pair of bfloat16, to broadcast at A + r * a_row + t * a_red; no decay: C is
- * overwritten. The sum begins at 0, so that its rounding errors don't grow with all that C has taken up before.
- * `rows` and `nv` are constants where this is inlined, so that the accumulators are registers. */
+ * overwritten. The sum begins at 0, so that its rounding errors don't grow with all that C has
+ * taken up before. `rows` and `nv` are constants where this is inlined, so that the accumulators are
+ * registers. */
 INLINE void register_tile(const int rows, const int nv, real *C, const real *B, ptrdiff_t ld,
                           const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
                           ptrdiff_t red, const real *decay)

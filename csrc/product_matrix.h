@@ -1,6 +1,7 @@
-/* Both products on AMX, whose unit multiplies 16 x 32 by 32 x 16 bfloat16: included by tile_tmpl.h. */
+/* Both products on AMX, whose unit multiplies 16 x 32 by 32 x 16 bfloat16: included by
+ * tile_tmpl.h. Tiles of 32 rows: S, Qt, acc and a block of K or V of head size 64 fit into 48 KiB. */
 #undef TILE_Q
-#define TILE_Q (2 * LANES) /* so that S, Qt, acc and a block of K or V at head size 64 fit into 48 KiB */
+#define TILE_Q (2 * LANES)
 #define ROW_STEP 16
 #define DEPTH_STEP 32
 #define ENTER open_matrix_unit

@@ -36,7 +36,7 @@ VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
     return f;
 }
 VOCABULARY vec v_ldexp(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x * 2^n */
-VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and what v_ldexp_or_zero takes for floor(x) */
+VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
 {
     *n = x; /* scalef takes its floor */
     return _mm512_reduce_ps(x, 9); /* 9: downwards, no exceptions */
@@ -155,7 +155,7 @@ VOCABULARY vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
     return f;
 }
 VOCABULARY vec v_ldexp(vec x, vec n) { return _mm512_scalef_pd(x, n); } /* x * 2^n */
-VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and what v_ldexp_or_zero takes for floor(x) */
+VOCABULARY vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
 {
     *n = x; /* scalef takes its floor */
     return _mm512_reduce_pd(x, 9); /* 9: downwards, no exceptions */

@@ -110,17 +110,19 @@ cdef double LOG2E = 1.4426950408889634074
 cdef double LN2 = 0.69314718055994530942
 
 # Keys of a block. 64 to 128 are alike at head_dim 64 to 256 with a 48 KiB L1, 32 and 256 are 5 %
-# slower; 128 wins at bert-128, one block (bench_attention.py). Fixed for a head size, since a
-# row's sums depend on where blocks begin.
+# slower; 128 wins at bert-128, one block (bench_attention.py). A matrix unit reads and writes acc
+# too often with 128 where heads are LARGE (4x4096x256 in bfloat16: 4 % slower). Fixed for a head
+# size and table, since a row's sums depend on where blocks begin.
 cdef Py_ssize_t BLOCK_K = 128
-cdef Py_ssize_t BLOCK_K_MATRIX = 256    # a matrix unit reads and writes acc too often with fewer:
-cdef Py_ssize_t LARGE = 128             # 20 % at head size 256; but 15 % slower at 64
+cdef Py_ssize_t BLOCK_K_MATRIX = 256
+cdef Py_ssize_t LARGE = 128
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
-# Tiles that run in step over the key blocks when a head's keys and values are more than
-# SHARED_KEYS bytes, about what stays in a core's L2: a block then comes from the L3 once for all
-# of them. As long as the threads still have TASKS_PER_THREAD tasks each, for balance.
+# Rows of the tiles that run in step over the key blocks, where a block must be made ready for them
+# or a head's keys and values are more than SHARED_KEYS bytes, about what stays in a core's L2: a
+# block then comes from the L3 once for all of them. As long as the threads still have
+# TASKS_PER_THREAD tasks each, for balance.
 cdef Py_ssize_t MAX_ROWS_PER_TASK = 256
 cdef Py_ssize_t SHARED_KEYS = 1 << 20
 cdef Py_ssize_t TASKS_PER_THREAD = 4
