@@ -10,10 +10,8 @@ from qkv_fast import _backend
 from qkv_fast.bench.peers import numpy_attention, to_bfloat16_bits
 from qkv_fast.bench.shapes import SHAPES
 
-EVERY = _backend.available()
-# The last two ISAs have kernels of their own for bfloat16 only.
-FLOAT32 = [c for c in EVERY if c.isa not in ("avx512bf16", "amx")]
-BFLOAT16 = [c for c in EVERY if c.tiles == "simd"]
+FLOAT32 = _backend.available("float32")
+BFLOAT16 = [c for c in _backend.available("bfloat16") if c.tiles == "simd"]
 
 
 def identify(choice: _backend.Choice) -> str:

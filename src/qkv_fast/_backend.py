@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
+_BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
 _VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
 
@@ -108,12 +109,13 @@ def current(dtype: npt.DTypeLike = "float32") -> Choice:
     return resolve(_wish.get(), code_of(np.dtype(dtype)))
 
 
-def available() -> list[Choice]:
-    """Return everything that this machine can execute, the Python engine first."""
+def available(dtype: str = "float32") -> list[Choice]:
+    """Return what differs for a dtype and this machine can execute, the Python engine first."""
     choices = [Choice("python")]
     native = _load_native()
     if native is not None:
-        choices += [Choice("native", "simd", isa) for isa in native.isas()]
+        isas = [isa for isa in native.isas() if dtype == "bfloat16" or isa not in _BFLOAT16_ONLY]
+        choices += [Choice("native", "simd", isa) for isa in isas]
         choices.append(Choice("native", "blas", native.best_isa(FLOAT32)))
     return choices
 
