@@ -7,7 +7,8 @@ import pytest
 
 import qkv_fast
 from qkv_fast import _backend
-from qkv_fast.bench.peers import numpy_attention, to_bfloat16_bits
+from qkv_fast._reference import bfloat16_bits
+from qkv_fast.bench.peers import numpy_attention
 from qkv_fast.bench.shapes import SHAPES
 
 FLOAT32 = _backend.available("float32")
@@ -35,7 +36,7 @@ def bench_float32(benchmark, note, name, choice):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("choice", BFLOAT16, ids=identify)
 def bench_bfloat16(benchmark, note, name, choice):
-    tensors = [to_bfloat16_bits(x) for x in SHAPES[name].tensors()]
+    tensors = [bfloat16_bits(x) for x in SHAPES[name].tensors()]
     run(benchmark, note, name, choice, "bfloat16", tensors, "bfloat16")
 
 

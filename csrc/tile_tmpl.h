@@ -321,7 +321,7 @@ INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
     do {                                                                                         \
         p[i] = exp2_nonpositive(v_fma(v_load(S + (k + (i)) * ld), mult, below), ROUGH);          \
         if (masked) {                                                                            \
-            const vmask seen = v_mask_at(allow + k + (i), lane);                                   \
+            const vmask seen = v_mask_at(allow + k + (i), lane);                                 \
             sum[i] = v_add(sum[i], v_select(seen, p[i], v_set1(0)));                             \
             p[i] = v_select(seen, p[i], minus_zero);                                             \
         } else {                                                                                 \

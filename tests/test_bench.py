@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import regression
 
-from qkv_fast import __main__
-from qkv_fast.bench import compare, peers, shapes
+from qkv_fast import __main__, _problem, _reference
+from qkv_fast.bench import compare, shapes
 
 
 def run_of(group: str, choice: str, median: float) -> dict:
@@ -66,9 +66,11 @@ def test_shapes_by_name_and_by_numbers():
 
 def test_bfloat16_bits_round_to_even():
     x = np.array([1.0, 1.00390625, 1.01171875, -2.5], np.float32)
-    bits = peers.to_bfloat16_bits(x)
+    bits = _reference.bfloat16_bits(x)
     np.testing.assert_array_equal(bits, [0x3F80, 0x3F80, 0x3F82, 0xC020])
-    np.testing.assert_array_equal(peers.from_bfloat16_bits(bits), [1.0, 1.0, 1.015625, -2.5])
+    np.testing.assert_array_equal(
+        _reference.reals(bits, _problem.BFLOAT16), [1.0, 1.0, 1.015625, -2.5]
+    )
 
 
 def test_the_comparison_runs_and_writes_json(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import make
@@ -16,7 +17,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_the_number_of_threads_changes_no_bit(engine, rng, dtype, options):
     q, k, v = make(rng, (2, 4, 2, 300, 700, 64, 64), dtype)
@@ -26,7 +27,7 @@ def test_the_number_of_threads_changes_no_bit(engine, rng, dtype, options):
         np.testing.assert_array_equal(many, one)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_the_rest_of_the_batch_changes_no_bit(engine, rng, dtype, options):
     q, k, v = make(rng, (3, 4, 2, 100, 200, 32, 32), dtype)
@@ -37,7 +38,7 @@ def test_the_rest_of_the_batch_changes_no_bit(engine, rng, dtype, options):
         )
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, dtype):
     if engine.engine == "python":
         pytest.skip("NumPy's products do not promise this")
@@ -48,7 +49,7 @@ def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, dtype):
         np.testing.assert_array_equal(part, whole[:, :, begin:end])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 def test_skipping_excluded_blocks_changes_no_bit(engine, rng, dtype):
     """A window by positions, which skips blocks, and the same as a mask, which reads them."""
     if engine.engine == "python":

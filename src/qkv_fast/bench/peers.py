@@ -18,24 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qkv_fast._problem import BFLOAT16
+from qkv_fast._reference import bfloat16_bits, reals
+
 from .shapes import Shape
 
 Array = npt.NDArray[Any]
 Run = Callable[[], Any]
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
-
-
-def to_bfloat16_bits(x: Array) -> Array:
-    """Return float32 as bfloat16 bit patterns, rounded to nearest even."""
-    bits = x.view(np.uint32)
-    rounded: Array = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return rounded
-
-
-def from_bfloat16_bits(bits: Array) -> Array:
-    """Return bfloat16 bit patterns as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
@@ -57,7 +48,7 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
     import qkv_fast
 
     raw = dtype == "bfloat16"
-    q, k, v = (to_bfloat16_bits(x) for x in tensors) if raw else tensors
+    q, k, v = (bfloat16_bits(x) for x in tensors) if raw else tensors
     out = np.empty_like(q)
     options: dict[str, Any] = {"is_causal": shape.is_causal, "enable_gqa": True, "out": out}
     options |= {"num_threads": threads, "dtype": dtype if raw else None}
@@ -66,7 +57,7 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
         return qkv_fast.scaled_dot_product_attention(q, k, v, **options)
 
     if raw:
-        run.answer = lambda: from_bfloat16_bits(run())  # type: ignore[attr-defined]
+        run.answer = lambda: reals(run(), BFLOAT16)  # type: ignore[attr-defined]
     return run
 
 
@@ -168,7 +159,7 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
         tensor = ov.Tensor(x, shared_memory=True)
         if raw:
             tensor = ov.Tensor(kind, list(x.shape))
-            tensor.data.view(np.uint16)[...] = to_bfloat16_bits(x)
+            tensor.data.view(np.uint16)[...] = bfloat16_bits(x)
         request.set_input_tensor(i, tensor)
 
     def run() -> Any:
@@ -177,7 +168,7 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
     def answer() -> Any:
         run()
         data = np.array(request.get_output_tensor().data)
-        return from_bfloat16_bits(data.view(np.uint16)) if data.itemsize == 2 else data
+        return reals(data.view(np.uint16), BFLOAT16) if data.itemsize == 2 else data
 
     run.answer = answer  # type: ignore[attr-defined]
     return run
@@ -217,7 +208,7 @@ def tensors_of(shape: Shape, dtype: str) -> list[Array]:
     """Return the shape's tensors in float32, rounded to what the dtype can hold."""
     if dtype == "float32":
         return list(shape.tensors())
-    return [from_bfloat16_bits(to_bfloat16_bits(x)) for x in shape.tensors()]
+    return [reals(bfloat16_bits(x), BFLOAT16) for x in shape.tensors()]
 
 
 def work(peer: str, threads: int, pipe: Connection) -> None:
