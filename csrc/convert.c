@@ -41,6 +41,7 @@ static double load_element(const char *p, int type)
     case QKV_FLOAT32: return float_of_bits(load32(p, swapped));
     case QKV_FLOAT64: return double_of_bits(load64(p, swapped));
     case QKV_FLOAT16: return float_of_half(load16(p, swapped));
+    case QKV_INT8: return (signed char)*p;
     default: return float_of_bfloat(load16(p, swapped));
     }
 }

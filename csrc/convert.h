@@ -1,4 +1,4 @@
-/* Between the caller's memory and rows of float or double: any stride, any alignment, the four
+/* Between the caller's memory and rows of float or double: any stride, any alignment, the
  * element types in either byte order. The loop nest uses these where a tile kernel can't read
  * or write the caller's rows themselves, one block at a time. */
 #ifndef QKV_CONVERT_H
@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 /* Element types, as _problem.py numbers them; QKV_SWAPPED is added for foreign byte order. */
-enum { QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_SWAPPED = 8 };
+enum { QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_INT8, QKV_SWAPPED = 8 };
 
 /* row[0..n) = the n elements at src, `stride` bytes apart. A finite element stays finite. */
 void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdiff_t stride,

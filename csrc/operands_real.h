@@ -1,5 +1,9 @@
 /* The kernels that touch operands, where an operand is a real: included by tile_tmpl.h. */
+#include "few_rows.h"
+
 #define DEPTH_STEP 1
+#define FEW_SCORES few_scores
+#define FEW_ACCUMULATE few_accumulate
 #define PACK_VALUES NULL
 #define OPERAND (REAL_BITS == 32 ? QKV_FLOAT32 : QKV_FLOAT64)
 

@@ -92,6 +92,9 @@ typedef struct {
     void (*accumulate_odd)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
                            ptrdiff_t nk, ptrdiff_t Dv, int nvec);
 
+    /* S[k][:] *= factors[k]; weights: it is P (of reals), where an excluded key's -0.0 stays. */
+    void (*scale_keys)(void *S, ptrdiff_t nk, int nvec, const float *factors, int weights);
+
     /* Whether every element of V[nk][Dv] is finite. */
     int (*all_finite)(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv);
 
@@ -99,7 +102,20 @@ typedef struct {
     void (*store_rows)(char *const *rows, int n, const void *acc, ptrdiff_t Dv, int nvec,
                        const void *weight);
 
-    /* Between n elements of a 16-bit type and floats, both of unit stride; NULL for double. */
+    /* The products for few rows (few_rows.h), where S and P have the layout above with ld columns;
+     * NULL where operands are no reals. Q and acc are [rows][stride] reals, padded with zeros to
+     * whole vectors; K and V of any `type` that real can hold, with unit stride along their rows.
+     *     S[k][r]   = sum_d K[k][d] * Q[r][d]
+     *     acc[r][:] = acc[r][:] * decay[r] + sum_k P[k][r] * V[k][:]; no decay: 1
+     * partial: some key is excluded from some row. */
+    void (*few_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride, const char *K,
+                       ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows, int type);
+    void (*few_accumulate)(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
+                           const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
+                           const void *decay, int partial, int type);
+
+    /* Between n elements of a 16-bit type (or int8, widen alone) and floats, both of unit stride;
+     * NULL for double. */
     void (*widen)(void *row, const char *src, ptrdiff_t n, int type);
     void (*narrow)(char *dst, const void *row, ptrdiff_t n, int type);
 

@@ -31,6 +31,31 @@ INLINE vec load_part(const char *p, ptrdiff_t bytes)
     return v_load(part);
 }
 
+/* A vector of elements of any type that real can hold, widened. */
+#if REAL_BITS == 32
+#define BYTES_OF(type) ((type) == QKV_FLOAT32 ? 4 : (type) == QKV_INT8 ? 1 : 2)
+#else
+#define BYTES_OF(type) ((void)(type), 8)
+#endif
+
+INLINE vec load_lanes(const char *p, const int type)
+{
+#if REAL_BITS == 32
+    if (type == QKV_FLOAT16) return v_load_half(p);
+    if (type == QKV_BFLOAT16) return v_load_bfloat(p);
+    if (type == QKV_INT8) return v_load_int8(p);
+#endif
+    return v_load((const real *)p);
+}
+
+/* n < LANES elements, without touching what lies behind them; the rest is zero. */
+INLINE vec load_some_lanes(const char *p, ptrdiff_t n, const int type)
+{
+    char part[sizeof(vec)] = {0};
+    memcpy(part, p, (size_t)(n * BYTES_OF(type)));
+    return load_lanes(part, type);
+}
+
 #ifndef HAVE_LOAD_COLUMNS
 INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
 {
@@ -129,6 +154,18 @@ INLINE vec exp2_nonpositive(vec x, const int rough)
 #else
 #include "operands_real.h"
 #endif
+
+static void scale_keys(void *S_, ptrdiff_t nk, int nvec, const float *factors, int weights)
+{
+    real *S = S_;
+    for (ptrdiff_t k = 0; k < nk; k++) {
+        const vec factor = v_set1((real)factors[k]);
+        for (int v = 0; v < nvec; v++, S += LANES) {
+            const vec x = v_load(S), y = v_mul(x, factor);
+            v_store(S, weights ? v_select_negative(x, x, y) : y);
+        }
+    }
+}
 
 static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t Dv, int nvec,
                        const void *weight_)
@@ -358,21 +395,23 @@ static void softmax(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, cons
 }
 
 #if REAL_BITS == 32
-static void widen(void *row_, const char *src, ptrdiff_t n, int type)
+INLINE void widen_of(const int type, float *row, const char *src, ptrdiff_t n)
 {
-    float *row = row_;
     ptrdiff_t i = 0;
-    if (type == QKV_FLOAT16) {
-        for (; i + LANES <= n; i += LANES) v_store(row + i, v_load_half(src + 2 * i));
-    } else {
-        for (; i + LANES <= n; i += LANES) v_store(row + i, v_load_bfloat(src + 2 * i));
-    }
+    for (; i + LANES <= n; i += LANES) v_store(row + i, load_lanes(src + i * BYTES_OF(type), type));
     if (i < n) {
-        char part[2 * LANES] = {0};
-        memcpy(part, src + 2 * i, (size_t)(n - i) * 2);
         float rest[LANES];
-        v_store(rest, type == QKV_FLOAT16 ? v_load_half(part) : v_load_bfloat(part));
+        v_store(rest, load_some_lanes(src + i * BYTES_OF(type), n - i, type));
         memcpy(row + i, rest, (size_t)(n - i) * sizeof(float));
+    }
+}
+
+static void widen(void *row, const char *src, ptrdiff_t n, int type)
+{
+    switch (type) {
+    case QKV_FLOAT16: widen_of(QKV_FLOAT16, row, src, n); break;
+    case QKV_BFLOAT16: widen_of(QKV_BFLOAT16, row, src, n); break;
+    default: widen_of(QKV_INT8, row, src, n); break;
     }
 }
 
@@ -424,8 +463,11 @@ const qkv_tile_kernels QKV_TABLE = {
     .softmax = softmax,
     .accumulate = accumulate,
     .accumulate_odd = accumulate_odd,
+    .scale_keys = scale_keys,
     .all_finite = all_finite,
     .store_rows = store_rows,
+    .few_scores = FEW_SCORES,
+    .few_accumulate = FEW_ACCUMULATE,
     .widen = WIDEN,
     .narrow = NARROW,
     .fma_chain = fma_chain,

@@ -73,6 +73,20 @@ VOCABULARY void v_transpose(vec x[LANES])
         x[i] = low;
     }
 }
+/* Lane i = the sum of x[i]'s lanes: within halves as v_transpose pairs them, then the halves. */
+#define HAVE_SUM_EACH
+VOCABULARY vec v_sum_each(vec x[LANES])
+{
+    vec y[4], z[2];
+    for (int i = 0; i < 4; i++)
+        y[i] = v_add(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                     _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        z[i] = v_add(_mm256_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44),
+                     _mm256_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
+    return v_add(_mm256_permute2f128_ps(z[0], z[1], 0x20),
+                 _mm256_permute2f128_ps(z[0], z[1], 0x31));
+}
 VOCABULARY vec v_load_half(const char *p)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
@@ -81,6 +95,10 @@ VOCABULARY vec v_load_bfloat(const char *p)
 {
     const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+}
+VOCABULARY vec v_load_int8(const char *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 VOCABULARY void v_store_half(char *p, vec x)
 {

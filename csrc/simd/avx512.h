@@ -8,6 +8,7 @@
 #define rows_of(nv) ((nv) <= 2 ? 12 : (nv) == 3 ? 8 : 6)
 #define rows_of_values(nv) ((nv) == 1 ? 24 : rows_of(nv))
 #define TILE_Q (4 * LANES)
+#define FEW_SUMS 16
 #define ALL_LANES ((UINT64_C(1) << LANES) - 1)
 
 #if REAL_BITS == 32
@@ -106,6 +107,22 @@ VOCABULARY void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t 
         x[4 * c + 3] = _mm512_shuffle_ps(b, e, 0xee);
     }
 }
+/* Lane i = the sum of x[i]'s lanes: within quarters as v_transpose pairs them, then the quarters. */
+#define HAVE_SUM_EACH
+VOCABULARY vec v_sum_each(vec x[LANES])
+{
+    vec y[8], z[4], w[2];
+    for (int i = 0; i < 8; i++)
+        y[i] = v_add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                     _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+        z[i] = v_add(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44),
+                     _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
+    for (int i = 0; i < 2; i++)
+        w[i] = v_add(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x88),
+                     _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xdd));
+    return v_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+}
 VOCABULARY vec v_load_half(const char *p)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
@@ -114,6 +131,10 @@ VOCABULARY vec v_load_bfloat(const char *p)
 {
     const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+VOCABULARY vec v_load_int8(const char *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 VOCABULARY void v_store_half(char *p, vec x)
 {

@@ -79,6 +79,12 @@ VOCABULARY vec v_load_bfloat(const char *p)
     const vmask bits = {x[0], x[1], x[2], x[3]};
     return (vec)(bits << 16);
 }
+VOCABULARY vec v_load_int8(const char *p)
+{
+    signed char x[LANES];
+    memcpy(x, p, sizeof x);
+    return (vec){x[0], x[1], x[2], x[3]};
+}
 VOCABULARY void v_store_half(char *p, vec x)
 {
     const uint16_t y[LANES] = {half_of_float(x[0]), half_of_float(x[1]), half_of_float(x[2]),

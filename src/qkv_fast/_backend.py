@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ._problem import Problem
 
+FEW_ROWS = 8
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
@@ -95,7 +96,7 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
 
 def dispatch(problem: Problem) -> None:
     """Compute `problem` with the engine in force."""
-    key = (_wish.get(), problem.out_code)
+    key = (_wish.get(), problem.code)
     runner = _runners.get(key)
     if runner is None:
         runner = _runners[key] = _runner(*key)
@@ -169,6 +170,17 @@ def resolve(wish: _Wish | None, code: int) -> Choice:
     return Choice("native", tiles, isa)
 
 
+def few_rows(wish: _Wish | None, choice: Choice, code: int) -> int:
+    """Return how many rows a KV group may have for the native engine's kernels for few rows.
+
+    Their time rises with the rows, that of tiles with their vectors.
+    """
+    asked = (wish or ("auto", "auto"))[1]
+    if "blas" in (asked, _from_environment()[1] if asked == "auto" else ""):
+        return 0
+    return FEW_ROWS
+
+
 def _runner(wish: _Wish | None, code: int) -> _Runner:
     global _warned
     choice = resolve(wish, code)
@@ -188,7 +200,8 @@ def _runner(wish: _Wish | None, code: int) -> _Runner:
     native_run, tiles, isa = _native_module().run, choice.tiles, choice.isa
     if tiles == "blas":
         _native_module().load_blas()
-    return lambda problem: native_run(problem, tiles, isa)
+    few = few_rows(wish, choice, code)
+    return lambda problem: native_run(problem, tiles, isa, few)
 
 
 def _native_module() -> ModuleType:

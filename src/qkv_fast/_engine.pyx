@@ -5,7 +5,9 @@ is one tile, or a few neighbours that share the keys they read. For each key blo
 
     S = K Qt;  softcap, ALiBi, bias;  m' = max(m, S);  P = exp2(S - m');  acc = acc 2^(m - m') + Vᵀ P
 
-The same nest serves float32 and float64, SIMD and BLAS tiles: only the table differs.
+The same nest serves float32 and float64, SIMD and BLAS tiles: only the table differs. Where a KV group
+has few rows (decode), both products are others (few_rows.h), and the keys are split into chunks of
+a fixed length, a task each, whose partial results the last one to end merges in their order.
 """
 
 cimport cython
@@ -52,9 +54,15 @@ cdef extern from "tile_kernels.h" nogil:
                            int, const void *, const qkv_span *) noexcept nogil
         void (*accumulate_odd)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
                                Py_ssize_t, int) noexcept nogil
+        void (*scale_keys)(void *, Py_ssize_t, int, const float *, int) noexcept nogil
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
+        void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *, Py_ssize_t,
+                           Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
+        void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *,
+                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int,
+                               int) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
@@ -66,7 +74,7 @@ cdef extern from "tile_kernels.h" nogil:
     int qkv_isa_pays(int index)
 
 cdef extern from "convert.h" nogil:
-    int QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL
+    int QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_INT8
     void qkv_read_row(void *, int, const char *, Py_ssize_t, Py_ssize_t, int)
     void qkv_copy_row16(void *, const char *, Py_ssize_t, Py_ssize_t, int)
     void qkv_clear_odd(void *, int, Py_ssize_t)
@@ -96,6 +104,7 @@ cdef extern from *:
     int QKV_OPENMP
     const char *QKV_COMPILER
     double FLT_MAX, DBL_MAX
+    int64_t take_one "__sync_sub_and_fetch"(int64_t *, int64_t) nogil
 
 cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
@@ -119,6 +128,10 @@ cdef Py_ssize_t LARGE = 128
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
+# Keys of a task where rows are few: short enough for many threads to share one sequence, so long
+# that merging the parts is nothing beside reading them.
+cdef Py_ssize_t CHUNK = 1024
+
 # Rows of the tiles that run in step over the key blocks, where a block must be made ready for them
 # or a head's keys and values are more than SHARED_KEYS bytes, about what stays in a core's L2: a
 # block then comes from the L3 once for all of them. As long as the threads still have
@@ -134,7 +147,7 @@ cdef double SERIAL_WORK = 1 << 19
 
 cdef struct Operand:
     char *data
-    const cnp.npy_intp *batch_strides   # bytes; one per batch axis
+    const cnp.npy_intp *batch_strides   # bytes; one per batch axis, or per page
     Py_ssize_t head, row, col           # strides in bytes
     int type                            # as convert.h numbers them
     bint direct                         # rows of the kernels' type with unit stride
@@ -146,44 +159,75 @@ cdef struct Call:
     Py_ssize_t batch_ndim
     const cnp.npy_intp *batch_shape
     Py_ssize_t num_kv_heads, group, q_len, kv_len, head_dim, v_dim
-    Py_ssize_t block_k
-    Py_ssize_t tiles, tiles_per_task, tasks_per_head, tasks
-    Operand query, key, value, mask, out
-    Operand query_offset, key_lengths, slopes   # data NULL when absent
+    Py_ssize_t block_k, tiles_per_task
+    bint few                            # the kernels for few rows; else tiles
+    Operand query, key, value, mask, out, lse
+    Operand key_scales, value_scales
+    Operand query_offset, query_starts, query_lengths, key_starts, key_lengths
+    Operand slopes, block_table         # data NULL when absent
+    Py_ssize_t page_size                # 0: keys are not in pages
     int operand_bytes
     Py_ssize_t key_bytes, packed_stride # of a key row and of a packed row in our own scratch
     const double *sinks                 # (Hq,) or NULL
-    char *lse                           # C order, reals, or NULL
     double query_factor, score_factor   # their product is scale * log2(e)
     double softcap
     bint modified                       # modify_scores has something to do
     int64_t left, right
-    # A thread's scratch: S, gathered rows, key rows, value rows, packed values, then for each tile
-    # of a task Tile, Qt and acc.
-    Py_ssize_t gathered_at, keys_at, values_at, packed_at, tiles_at, acc_at, tile_bytes
+    # A thread's scratch: S, gathered rows, key rows, value rows, packed values, factors, then for
+    # each tile of a task Tile, Qt (or Q) and acc.
+    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, tiles_at, acc_at, tile_bytes
     Py_ssize_t scratch_bytes
+    Py_ssize_t q_stride, acc_stride     # reals in a row of Q and of acc, where rows are few
 
 
-cdef struct ThreadedCall:
-    const Call *call
+cdef struct Place:                      # where the tasks of a batch entry begin, and its parts
+    Py_ssize_t task, part
+
+
+cdef struct Job:
+    Call tiles, few                     # the same call for sequences of many and of few rows
+    Py_ssize_t few_rows, batches
+    Place *places                       # batches + 1
     char *scratch
+    Py_ssize_t scratch_bytes            # of a thread
+    char *parts
+    Py_ssize_t part_bytes
+    double *busy                        # seconds in tasks, a thread each, or NULL
+
+
+cdef struct Sequence:                   # a batch entry
+    Py_ssize_t batch, q_start, q_len, k_start
+    int64_t offset, visible             # the first query's position; keys before key_lengths
+    bint few
+    Py_ssize_t tasks_per_head
+    Py_ssize_t first_chunk              # where rows are few: a task is a chunk
+
+
+cdef struct Part:                       # what a chunk leaves behind; acc and the sums come after
+    int64_t remaining                   # in the first one: chunks that have not ended
+    uint64_t seen
 
 
 cdef struct Head:                       # what the tiles of a task share
-    Py_ssize_t kv_head, batch
+    Py_ssize_t kv_head, q_len
     char *query
     char *out
+    char *lse
     char *key
     char *value
+    char *key_scales
+    char *value_scales
+    const int64_t *pages                # of the batch entry's keys, or NULL
     char *mask
     char *slopes
-    int64_t offset, visible             # the first query's position; keys before key_lengths
+    int64_t offset, visible
     char *S                             # the thread's scratch begins here
     char *gathered
 
 
 cdef struct Block:                      # keys, and what of them was made ready for all tiles
     int64_t begin
+    Py_ssize_t skipped                  # keys that no row of the task has in its reach
     Py_ssize_t nk
     const char *keys                    # NULL: not yet
     const char *value_rows
@@ -204,6 +248,7 @@ cdef struct Tile:
     const char *mask_rows[MAX_LANES]
     const char *rows[MAX_LANES]
     char *out_rows[MAX_LANES]
+    char *lse_rows[MAX_LANES]
     int64_t first[MAX_LANES]            # keys [first, last] are in reach of the row
     int64_t last[MAX_LANES]
     int64_t position[MAX_LANES]
@@ -270,8 +315,9 @@ cdef inline char *batch_entry(const Call *call, const Operand *operand,
 cdef inline void read_reals(const Call *call, void *row, const Operand *operand, const char *src,
                             Py_ssize_t length) noexcept nogil:
     """A row of the caller's as reals."""
-    if ((operand.type == QKV_FLOAT16 or operand.type == QKV_BFLOAT16) and operand.col == 2
-            and call.kernels.widen != NULL):
+    if call.kernels.widen != NULL and (operand.col == 2 and (
+            operand.type == QKV_FLOAT16 or operand.type == QKV_BFLOAT16)
+            or operand.col == 1 and operand.type == QKV_INT8):
         call.kernels.widen(row, src, length, operand.type)
     else:
         qkv_read_row(row, call.kernels.real_bytes, src, length, operand.col, operand.type)
@@ -286,41 +332,142 @@ cdef void read_row(const Call *call, char *row, const Operand *operand, const ch
         read_reals(call, row, operand, src, length)
 
 
+cdef char *find_rows(const Call *call, const Head *head, const Operand *operand, char *rows,
+                     int64_t key, Py_ssize_t *count) noexcept nogil:
+    """Where the row of a key lies; *count: how many follow it in its page, if less than it was."""
+    cdef Py_ssize_t slot
+    if head.pages == NULL:
+        return rows + key * operand.row
+    slot = key % call.page_size
+    count[0] = min(count[0], call.page_size - slot)
+    return rows + head.pages[key // call.page_size] * operand.batch_strides[0] + slot * operand.row
+
+
+cdef void gather_keys(const Call *call, const Head *head, const Operand *operand, char *rows,
+                      int64_t begin, Py_ssize_t nk, Py_ssize_t length, char *row,
+                      Py_ssize_t row_bytes) noexcept nogil:
+    """Rows of operands, one after another, padded with zeros to row_bytes."""
+    cdef Py_ssize_t i = 0, j, count, bytes = length * call.operand_bytes
+    cdef const char *source
+    while i < nk:
+        count = nk - i
+        source = find_rows(call, head, operand, rows, begin + i, &count)
+        for j in range(count):
+            if operand.direct:
+                memcpy(row, source, bytes)
+            else:
+                read_row(call, row, operand, source, length)
+            memset(row + bytes, 0, row_bytes - bytes)
+            source += operand.row
+            row += row_bytes
+        i += count
+
+
+cdef bint in_one_page(const Call *call, const Head *head, const Block *block) noexcept nogil:
+    return head.pages == NULL or block.begin % call.page_size + block.nk <= call.page_size
+
+
 cdef void load_keys(const Call *call, const Head *head, Block *block) noexcept nogil:
     """The block's keys as the kernels want them: in place, or gathered and padded with zeros."""
-    cdef const char *data = head.key + block.begin * call.key.row
-    cdef Py_ssize_t row_bytes = call.head_dim * call.operand_bytes
-    cdef Py_ssize_t i, rows = call.kernels.row_step
+    cdef Py_ssize_t rows = call.kernels.row_step, count = block.nk
     cdef char *row = head.S + call.keys_at
     if (call.key.direct and call.head_dim % call.kernels.depth_step == 0
-            and block.nk % call.kernels.row_step == 0):
-        block.keys = data
+            and block.nk % call.kernels.row_step == 0 and in_one_page(call, head, block)):
+        block.keys = find_rows(call, head, &call.key, head.key, block.begin, &count)
         block.key_stride = call.key.row
         return
     block.keys = row
     block.key_stride = call.key_bytes
-    for i in range(block.nk):
-        read_row(call, row, &call.key, data + i * call.key.row, call.head_dim)
-        memset(row + row_bytes, 0, call.key_bytes - row_bytes)
-        row += call.key_bytes
+    memset(row, 0, block.skipped * call.key_bytes)
+    gather_keys(call, head, &call.key, head.key, block.begin + block.skipped,
+                block.nk - block.skipped, call.head_dim, row + block.skipped * call.key_bytes,
+                call.key_bytes)
     rows = (block.nk + rows - 1) // rows * rows
-    memset(row, 0, (rows - block.nk) * call.key_bytes)
+    memset(row + block.nk * call.key_bytes, 0, (rows - block.nk) * call.key_bytes)
 
 
 cdef void load_value_rows(const Call *call, const Head *head, Block *block) noexcept nogil:
     """The block's values as rows of operands: in place, or gathered."""
-    cdef const char *data = head.value + block.begin * call.value.row
-    cdef char *rows = head.S + call.values_at
-    cdef Py_ssize_t i
-    if call.value.direct:
-        block.value_rows = data
+    cdef char *row = head.S + call.values_at
+    cdef Py_ssize_t count = block.nk
+    if call.value.direct and in_one_page(call, head, block):
+        block.value_rows = find_rows(call, head, &call.value, head.value, block.begin, &count)
         block.row_stride = call.value.row
         return
-    block.value_rows = rows
+    block.value_rows = row
     block.row_stride = call.v_dim * call.operand_bytes
-    for i in range(block.nk):
-        read_row(call, rows + i * block.row_stride, &call.value, data + i * call.value.row,
-                 call.v_dim)
+    memset(row, 0, block.skipped * block.row_stride)
+    gather_keys(call, head, &call.value, head.value, block.begin + block.skipped,
+                block.nk - block.skipped, call.v_dim, row + block.skipped * block.row_stride,
+                block.row_stride)
+
+
+cdef const float *load_factors(const Call *call, const Head *head, const Operand *scales,
+                               char *rows, const Block *block, Py_ssize_t nk) noexcept nogil:
+    """The factors of a block's rows, one after another."""
+    cdef float *factors = <float *>(head.S + call.factors_at)
+    cdef Py_ssize_t i, count
+    cdef const char *source
+    for i in range(block.skipped):
+        factors[i] = 0
+    i = block.skipped
+    while i < nk:
+        count = nk - i
+        source = find_rows(call, head, scales, rows, block.begin + i, &count)
+        while count > 0:
+            memcpy(&factors[i], source, sizeof(float))
+            source += scales.row
+            count -= 1
+            i += 1
+    return factors
+
+
+cdef const char *load_few(const Call *call, const Head *head, const Operand *operand, char *rows,
+                          int64_t begin, Py_ssize_t length, Py_ssize_t *count, Py_ssize_t *stride,
+                          int *type) noexcept nogil:
+    """A run of rows as the kernels for few rows want them, in place if they can widen them."""
+    cdef char *row = find_rows(call, head, operand, rows, begin, count)
+    type[0] = operand.type
+    stride[0] = operand.row
+    if operand.direct:
+        return row
+    type[0] = call.kernels.operand
+    stride[0] = length * call.operand_bytes
+    gather_keys(call, head, operand, rows, begin, count[0], length, head.S + call.keys_at,
+                stride[0])
+    return head.S + call.keys_at
+
+
+cdef void score_few(const Call *call, const Head *head, Tile *tile, const Block *block,
+                    Py_ssize_t nk) noexcept nogil:
+    cdef Py_ssize_t i = block.skipped, count, stride
+    cdef const char *keys
+    cdef int type
+    while i < nk:
+        count = nk - i
+        keys = load_few(call, head, &call.key, head.key, block.begin + i, call.head_dim, &count,
+                        &stride, &type)
+        call.kernels.few_scores(head.S + i * tile.lanes * call.kernels.real_bytes, tile.lanes,
+                                tile.Qt, call.q_stride, keys, stride, count, call.head_dim,
+                                tile.count, type)
+        i += count
+
+
+cdef void accumulate_few(const Call *call, const Head *head, Tile *tile, const Block *block,
+                         Py_ssize_t nk, bint partial) noexcept nogil:
+    cdef Py_ssize_t i = block.skipped, count, stride
+    cdef const char *values
+    cdef const void *decay = tile.decay
+    cdef int type
+    while i < nk:
+        count = nk - i
+        values = load_few(call, head, &call.value, head.value, block.begin + i, call.v_dim, &count,
+                          &stride, &type)
+        call.kernels.few_accumulate(
+            tile.acc, call.acc_stride, head.S + i * tile.lanes * call.kernels.real_bytes,
+            tile.lanes, values, stride, count, call.v_dim, tile.count, decay, partial, type)
+        decay = NULL
+        i += count
 
 
 cdef void pack_values(const Call *call, const Head *head, Block *block, const char *rows,
@@ -372,14 +519,16 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
     tile.last_max = -1
     tile.fresh = True
     tile.seen = 0
-    query_head = head.kv_head * call.group + tile.row_begin // call.q_len
-    index = tile.row_begin % call.q_len
+    query_head = head.kv_head * call.group + tile.row_begin // head.q_len
+    index = tile.row_begin % head.q_len
     for i in range(tile.lanes):
         position = head.offset + index
         tile.position[i] = position
         tile.query_rows[i] = (head.query + query_head * call.query.head
                               + index * call.query.row)
         tile.out_rows[i] = head.out + query_head * call.out.head + index * call.out.row
+        if head.lse != NULL:
+            tile.lse_rows[i] = head.lse + query_head * call.lse.head + index * call.lse.row
         if head.mask != NULL:
             tile.mask_rows[i] = head.mask + query_head * call.mask.head + index * call.mask.row
         if head.slopes != NULL:
@@ -399,9 +548,19 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
         set_real(tile.row_sum, i, real_bytes, 0)
         if i + 1 < tile.count:
             index += 1
-            if index == call.q_len:
+            if index == head.q_len:
                 index = 0
                 query_head += 1
+    if call.few:
+        memset(tile.Qt, 0, tile.count * call.q_stride * real_bytes)
+        for i in range(tile.count):
+            read_reals(call, <char *>tile.Qt + i * call.q_stride * real_bytes, &call.query,
+                       tile.query_rows[i], call.head_dim)
+        call.kernels.scale(tile.Qt, tile.count * call.q_stride // call.kernels.lanes, 1,
+                           call.query_factor)
+        memset(tile.acc, 0, tile.count * call.acc_stride * real_bytes)
+        memset(head.S, 0, call.block_k * tile.lanes * real_bytes)  # lanes that are not written
+        return
     gather_rows(call, tile.rows, tile.query_rows, tile.lanes, call.head_dim, &call.query,
                 head.gathered)
     call.kernels.pack_rows(tile.Qt, tile.rows, call.head_dim, tile.nvec, call.query_factor)
@@ -526,10 +685,16 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         find_spans(call, tile, nk)
         while not tile.allow[nk - 1]:
             nk -= 1
-    if block.keys == NULL:
-        load_keys(call, head, block)
-    kernels.scores(head.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
-                   tile.span if partial else NULL)
+    if call.few:
+        score_few(call, head, tile, block, nk)
+    else:
+        if block.keys == NULL:
+            load_keys(call, head, block)
+        kernels.scores(head.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
+                       tile.span if partial else NULL)
+    if call.key_scales.data != NULL:
+        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+            call, head, &call.key_scales, head.key_scales, block, nk), 0)
     if call.modified:
         modify_scores(call, head, tile, begin, nk)
     if bias:
@@ -541,6 +706,13 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
     kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
                     1.0 if call.modified else call.score_factor, tile.row_max, tile.row_sum,
                     tile.decay)
+    if call.value_scales.data != NULL:
+        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+            call, head, &call.value_scales, head.value_scales, block, nk), 1)
+    if call.few:
+        accumulate_few(call, head, tile, block, nk, partial)
+        tile.fresh = False
+        return
     cdef const void *decay = NULL if tile.fresh else tile.decay
     cdef const qkv_span *span = tile.span if partial else NULL
     tile.fresh = False
@@ -570,106 +742,261 @@ cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept no
     """Divide by the sums and write the rows."""
     cdef int real_bytes = call.kernels.real_bytes
     cdef int i
-    if tile.fresh:
-        memset(tile.acc, 0, call.v_dim * tile.lanes * real_bytes)
-    cdef Py_ssize_t row = tile.row_begin
-    cdef Py_ssize_t query_head = head.kv_head * call.group
-    # The rows of a KV group are one run of the (batch, query head, query) order of lse.
-    cdef Py_ssize_t lse_index = ((head.batch * call.num_kv_heads * call.group + query_head)
-                                 * call.q_len + row)
     for i in range(tile.count):
-        finish_row(call, tile, i, tile.seen >> i & 1, query_head + (row + i) // call.q_len
-                   if call.sinks != NULL else 0, lse_index + i)
+        finish_row(call, head, tile, i)
     for i in range(tile.count, tile.lanes):
         set_real(tile.weight, i, real_bytes, 0)
-    if call.out.direct:
-        call.kernels.store_rows(tile.out_rows, tile.count, tile.acc, call.v_dim, tile.nvec,
+    if call.few:
+        for i in range(tile.count):
+            tile.rows[i] = <char *>tile.acc + i * call.acc_stride * real_bytes
+            call.kernels.scale(<void *>tile.rows[i], call.acc_stride // call.kernels.lanes, 1,
+                               get_real(tile.weight, i, real_bytes))
+    else:
+        if tile.fresh:
+            memset(tile.acc, 0, call.v_dim * tile.lanes * real_bytes)
+        if call.out.direct:
+            call.kernels.store_rows(tile.out_rows, tile.count, tile.acc, call.v_dim, tile.nvec,
+                                    tile.weight)
+            return
+        for i in range(tile.count):
+            tile.rows[i] = head.gathered + i * call.v_dim * real_bytes
+        call.kernels.store_rows(<char **>tile.rows, tile.count, tile.acc, call.v_dim, tile.nvec,
                                 tile.weight)
-        return
     for i in range(tile.count):
-        tile.rows[i] = head.gathered + i * call.v_dim * real_bytes
-    call.kernels.store_rows(<char **>tile.rows, tile.count, tile.acc, call.v_dim, tile.nvec,
-                            tile.weight)
-    for i in range(tile.count):
-        if call.kernels.narrow != NULL and call.out.col == 2 and call.out.type != QKV_FLOAT32:
+        if call.out.direct:
+            memcpy(tile.out_rows[i], tile.rows[i], call.v_dim * real_bytes)
+        elif (call.kernels.narrow != NULL and call.out.col == 2
+              and (call.out.type == QKV_FLOAT16 or call.out.type == QKV_BFLOAT16)):
             call.kernels.narrow(tile.out_rows[i], tile.rows[i], call.v_dim, call.out.type)
         else:
             qkv_write_row(tile.out_rows[i], tile.rows[i], real_bytes, call.v_dim, call.out.col,
                           call.out.type)
 
 
-cdef void run_task(const Call *call, char *scratch, Py_ssize_t task) noexcept nogil:
+cdef inline int64_t entry_of(const Call *call, const Operand *operand, Py_ssize_t batch,
+                             int64_t otherwise) noexcept nogil:
+    """A batch entry's own number."""
+    cdef char *data = batch_entry(call, operand, batch)
+    return otherwise if data == NULL else (<int64_t *>data)[0]
+
+
+cdef void open_sequence(const Job *job, Py_ssize_t batch, Sequence *sequence) noexcept nogil:
+    """What a batch entry is, and how its rows and keys are divided into tasks."""
+    cdef const Call *call = &job.tiles
+    cdef const char *mask
+    cdef Py_ssize_t rows, tiles
+    cdef int64_t first = 0, last
+    sequence.batch = batch
+    sequence.q_start = entry_of(call, &call.query_starts, batch, 0)
+    sequence.q_len = entry_of(call, &call.query_lengths, batch, call.q_len)
+    sequence.k_start = entry_of(call, &call.key_starts, batch, 0)
+    sequence.visible = entry_of(call, &call.key_lengths, batch, call.kv_len)
+    sequence.offset = entry_of(call, &call.query_offset, batch, 0)
+    if call.mask.data != NULL and call.mask.type == QKV_BOOL and is_shared(&call.mask):
+        mask = batch_entry(call, &call.mask, batch)
+        while sequence.visible > 0 and not mask[(sequence.visible - 1) * call.mask.col]:
+            sequence.visible -= 1  # padding at the end is as good as key_lengths
+    rows = call.group * sequence.q_len
+    sequence.few = rows <= job.few_rows
+    if not sequence.few:
+        tiles = (rows + call.kernels.tile_q - 1) // call.kernels.tile_q
+        sequence.tasks_per_head = (tiles + call.tiles_per_task - 1) // call.tiles_per_task
+        return
+    last = sequence.visible - 1
+    if call.left < UNBOUNDED and sequence.offset - call.left > 0:
+        first = sequence.offset - call.left
+    if call.right < UNBOUNDED:
+        last = min(last, sequence.offset + sequence.q_len - 1 + call.right)
+    sequence.first_chunk = first // CHUNK
+    sequence.tasks_per_head = 0
+    if rows > 0:
+        sequence.tasks_per_head = 1
+        if last >= first:
+            sequence.tasks_per_head = last // CHUNK - sequence.first_chunk + 1
+
+
+cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
     # Tasks of a head stand together (they share its keys), the last queries first: with causal
     # masks those are the largest.
-    cdef Py_ssize_t part = call.tasks_per_head - 1 - task % call.tasks_per_head
+    cdef Py_ssize_t low = 0, high = job.batches, middle
+    cdef Sequence sequence
     cdef Head head
-    head.kv_head = task // call.tasks_per_head % call.num_kv_heads
-    head.batch = task // call.tasks_per_head // call.num_kv_heads
-    head.query = batch_entry(call, &call.query, head.batch)
-    head.out = batch_entry(call, &call.out, head.batch)
-    head.key = batch_entry(call, &call.key, head.batch) + head.kv_head * call.key.head
-    head.value = batch_entry(call, &call.value, head.batch) + head.kv_head * call.value.head
-    head.mask = batch_entry(call, &call.mask, head.batch)
-    head.slopes = batch_entry(call, &call.slopes, head.batch)
-    head.offset = 0
-    head.visible = call.kv_len
-    if call.query_offset.data != NULL:
-        head.offset = (<int64_t *>batch_entry(call, &call.query_offset, head.batch))[0]
-    if call.key_lengths.data != NULL:
-        head.visible = (<int64_t *>batch_entry(call, &call.key_lengths, head.batch))[0]
-    if head.mask != NULL and call.mask.type == QKV_BOOL and is_shared(&call.mask):
-        while head.visible > 0 and not head.mask[(head.visible - 1) * call.mask.col]:
-            head.visible -= 1  # padding at the end is as good as key_lengths
+    cdef char *scratch = job.scratch + thread * job.scratch_bytes
+    while high - low > 1:
+        middle = (low + high) // 2
+        if job.places[middle].task <= task:
+            low = middle
+        else:
+            high = middle
+    task -= job.places[low].task
+    open_sequence(job, low, &sequence)
+    cdef const Call *call = &job.few if sequence.few else &job.tiles
+    head.kv_head = task // sequence.tasks_per_head
+    task %= sequence.tasks_per_head
+    head.q_len = sequence.q_len
+    head.query = batch_entry(call, &call.query, low) + sequence.q_start * call.query.row
+    head.out = batch_entry(call, &call.out, low) + sequence.q_start * call.out.row
+    head.lse = batch_entry(call, &call.lse, low)
+    if head.lse != NULL:
+        head.lse += sequence.q_start * call.lse.row
+    head.pages = NULL
+    head.key = call.key.data
+    head.value = call.value.data
+    head.key_scales = call.key_scales.data + head.kv_head * call.key_scales.head
+    head.value_scales = call.value_scales.data + head.kv_head * call.value_scales.head
+    if call.block_table.data != NULL:
+        head.pages = <const int64_t *>batch_entry(call, &call.block_table, low)
+    else:
+        head.key = batch_entry(call, &call.key, low) + sequence.k_start * call.key.row
+        head.value = batch_entry(call, &call.value, low) + sequence.k_start * call.value.row
+    head.key += head.kv_head * call.key.head
+    head.value += head.kv_head * call.value.head
+    head.mask = batch_entry(call, &call.mask, low)
+    head.slopes = batch_entry(call, &call.slopes, low)
+    head.offset = sequence.offset
+    head.visible = sequence.visible
     head.S = scratch
     head.gathered = scratch + call.gathered_at
-
-    cdef char *tile_scratch = scratch + call.tiles_at
-    cdef Py_ssize_t rows = call.group * call.q_len
-    cdef Py_ssize_t row_begin = part * call.tiles_per_task * call.kernels.tile_q
-    cdef int tiles = 0, i
-    cdef int64_t begin = UNBOUNDED, last = -1
-    cdef Tile *tile
-    cdef Block block
     if call.kernels.enter != NULL:
         call.kernels.enter()
-    while tiles < call.tiles_per_task and row_begin < rows:
-        tile = <Tile *>(tile_scratch + tiles * call.tile_bytes)
-        tile.Qt = <char *>tile + TILE_BYTES
-        tile.acc = <char *>tile + call.acc_at
-        tile.row_begin = row_begin
-        tile.count = <int>min(<Py_ssize_t>call.kernels.tile_q, rows - row_begin)
-        tile.nvec = (tile.count + call.kernels.lanes - 1) // call.kernels.lanes
-        if call.fixed_nvec:
-            tile.nvec = call.fixed_nvec
-        tile.lanes = tile.nvec * call.kernels.lanes
-        open_tile(call, &head, tile)
-        begin = min(begin, tile.first_min)
-        last = max(last, tile.last_max)
-        row_begin += call.kernels.tile_q
-        tiles += 1
-    begin = begin // call.block_k * call.block_k
-    while begin <= last:
-        memset(&block, 0, sizeof(Block))
-        block.begin = begin
-        block.nk = min(call.block_k, last + 1 - begin)
-        block.finite = -1
-        for i in range(tiles):
-            attend_block(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes), &block)
-        begin += call.block_k
-    for i in range(tiles):
-        close_tile(call, &head, <Tile *>(tile_scratch + i * call.tile_bytes))
+    if sequence.few:
+        run_chunk(job, call, &head, &sequence, task)
+    else:
+        run_tiles(call, &head, sequence.tasks_per_head - 1 - task)
     if call.kernels.leave != NULL:
         call.kernels.leave()
 
 
-cdef void finish_row(const Call *call, Tile *tile, int i, bint seen, Py_ssize_t head,
-                     Py_ssize_t lse_index) noexcept nogil:
+cdef Tile *open_next(const Call *call, const Head *head, int number,
+                     Py_ssize_t row_begin, Py_ssize_t rows) noexcept nogil:
+    """The task's tile of that number, opened, with `rows` from row_begin on."""
+    cdef Tile *tile = <Tile *>(head.S + call.tiles_at + number * call.tile_bytes)
+    tile.Qt = <char *>tile + TILE_BYTES
+    tile.acc = <char *>tile + call.acc_at
+    tile.row_begin = row_begin
+    tile.count = <int>rows
+    tile.nvec = (tile.count + call.kernels.lanes - 1) // call.kernels.lanes
+    if call.fixed_nvec:
+        tile.nvec = call.fixed_nvec
+    tile.lanes = tile.nvec * call.kernels.lanes
+    open_tile(call, head, tile)
+    return tile
+
+
+cdef void attend_keys(const Call *call, const Head *head, int tiles, int64_t first,
+                      int64_t last) noexcept nogil:
+    """The keys first to last, block by block, against the open tiles."""
+    cdef Block block
+    cdef int i
+    cdef int64_t begin = first // call.block_k * call.block_k
+    while begin <= last:
+        memset(&block, 0, sizeof(Block))
+        block.begin = begin
+        block.nk = min(call.block_k, last + 1 - begin)
+        block.skipped = max(0, first - begin)
+        block.finite = -1
+        for i in range(tiles):
+            attend_block(call, head, <Tile *>(head.S + call.tiles_at + i * call.tile_bytes), &block)
+        begin += call.block_k
+
+
+cdef void run_tiles(const Call *call, const Head *head, Py_ssize_t part) noexcept nogil:
+    cdef Py_ssize_t rows = call.group * head.q_len
+    cdef Py_ssize_t row_begin = part * call.tiles_per_task * call.kernels.tile_q
+    cdef int tiles = 0, i
+    cdef int64_t first = UNBOUNDED, last = -1
+    cdef Tile *tile
+    while tiles < call.tiles_per_task and row_begin < rows:
+        tile = open_next(call, head, tiles, row_begin,
+                         min(<Py_ssize_t>call.kernels.tile_q, rows - row_begin))
+        first = min(first, tile.first_min)
+        last = max(last, tile.last_max)
+        row_begin += call.kernels.tile_q
+        tiles += 1
+    attend_keys(call, head, tiles, first, last)
+    for i in range(tiles):
+        close_tile(call, head, <Tile *>(head.S + call.tiles_at + i * call.tile_bytes))
+
+
+cdef void run_chunk(const Job *job, const Call *call, const Head *head, const Sequence *sequence,
+                    Py_ssize_t chunk) noexcept nogil:
+    """All rows of a KV group against a chunk of the keys."""
+    cdef Tile *tile = open_next(call, head, 0, 0, call.group * head.q_len)
+    cdef int64_t begin = (sequence.first_chunk + chunk) * CHUNK
+    cdef char *parts
+    attend_keys(call, head, 1, max(begin, tile.first_min), min(begin + CHUNK - 1, tile.last_max))
+    if sequence.tasks_per_head > 1:
+        parts = job.parts + (job.places[sequence.batch].part
+                             + head.kv_head * sequence.tasks_per_head) * job.part_bytes
+        save_part(call, tile, parts + chunk * job.part_bytes)
+        if take_one(&(<Part *>parts).remaining, 1) > 0:
+            return
+        merge_parts(call, tile, parts, job.part_bytes, sequence.tasks_per_head)
+    close_tile(call, head, tile)
+
+
+cdef void save_part(const Call *call, const Tile *tile, char *memory) noexcept nogil:
+    cdef Part *part = <Part *>memory
+    cdef Py_ssize_t bytes = tile.count * call.kernels.real_bytes
+    part.seen = tile.seen
+    memory += round_up(sizeof(Part))
+    memcpy(memory, tile.row_max, bytes)
+    memcpy(memory + bytes, tile.row_sum, bytes)
+    memcpy(memory + 2 * bytes, tile.acc, bytes * call.acc_stride)
+
+
+cdef void merge_parts(const Call *call, Tile *tile, const char *parts, Py_ssize_t part_bytes,
+                      Py_ssize_t count) noexcept nogil:
+    """The chunks' partial results, in their order whichever ended first."""
+    cdef int real_bytes = call.kernels.real_bytes, r
+    cdef Py_ssize_t i, d, bytes = tile.count * real_bytes
+    cdef const char *part
+    cdef double own_max, own, other_max, other, top
+    tile.seen = 0
+    tile.fresh = False
+    for r in range(tile.count):
+        set_real(tile.row_max, r, real_bytes, -FLT_MAX if real_bytes == 4 else -DBL_MAX)
+        set_real(tile.row_sum, r, real_bytes, 0)
+    memset(tile.acc, 0, bytes * call.acc_stride)
+    for i in range(count):
+        part = parts + i * part_bytes
+        tile.seen |= (<const Part *>part).seen
+        part += round_up(sizeof(Part))
+        for r in range(tile.count):
+            own_max = get_real(tile.row_max, r, real_bytes)
+            other_max = get_real(part, r, real_bytes)
+            top = other_max if other_max > own_max else own_max
+            own = exp2(own_max - top)
+            other = exp2(other_max - top)
+            set_real(tile.row_max, r, real_bytes, top)
+            set_real(tile.row_sum, r, real_bytes, own * get_real(tile.row_sum, r, real_bytes)
+                     + other * get_real(part + bytes, r, real_bytes))
+            add_scaled(<char *>tile.acc + r * call.acc_stride * real_bytes, own,
+                       part + 2 * bytes + r * call.acc_stride * real_bytes, other,
+                       call.acc_stride, real_bytes)
+
+
+cdef void add_scaled(void *acc, double own, const void *part, double other, Py_ssize_t length,
+                     int real_bytes) noexcept nogil:
+    """acc = acc * own + part * other"""
+    cdef Py_ssize_t i
+    cdef float own_f = <float>own, other_f = <float>other
+    if real_bytes == 4:
+        for i in range(length):
+            (<float *>acc)[i] = ((<float *>acc)[i] * own_f + (<const float *>part)[i] * other_f)
+    else:
+        for i in range(length):
+            (<double *>acc)[i] = (<double *>acc)[i] * own + (<const double *>part)[i] * other
+
+
+cdef void finish_row(const Call *call, const Head *head, Tile *tile, int i) noexcept nogil:
     """The factor that turns a row of acc into the answer, and the row's log-sum-exp.
 
     With a sink s (log2 units) the denominator is l + 2^(s - m); both are scaled to the larger
     of m and s first.
     """
     cdef int real_bytes = call.kernels.real_bytes
+    cdef bint seen = tile.seen >> i & 1
     cdef double row_max = get_real(tile.row_max, i, real_bytes)
     cdef double row_sum = get_real(tile.row_sum, i, real_bytes)
     cdef double lowest = -FLT_MAX if real_bytes == 4 else -DBL_MAX
@@ -677,7 +1004,8 @@ cdef void finish_row(const Call *call, Tile *tile, int i, bint seen, Py_ssize_t 
     if seen:
         weight = 1 / row_sum
         if call.sinks != NULL:
-            sink = call.sinks[head] * LOG2E
+            sink = call.sinks[head.kv_head * call.group
+                              + (tile.row_begin + i) // head.q_len] * LOG2E
             top = sink if sink > row_max else row_max
             if sink == INFINITY:
                 weight = 0 * row_sum
@@ -685,49 +1013,65 @@ cdef void finish_row(const Call *call, Tile *tile, int i, bint seen, Py_ssize_t 
                 weight = exp2(row_max - top)
                 weight = weight / (row_sum * weight + exp2(sink - top))
     set_real(tile.weight, i, real_bytes, weight)
-    if call.lse != NULL:
-        if not seen:
-            set_real(call.lse + lse_index * real_bytes, 0, real_bytes, -INFINITY)
-        else:  # a bias of finfo.min was clamped to it in log2 units: see tile_tmpl.h
-            set_real(call.lse + lse_index * real_bytes, 0, real_bytes,
-                     (row_max if row_max == lowest else row_max * LN2) + log(row_sum))
+    if head.lse == NULL:
+        return
+    if not seen:
+        set_real(tile.lse_rows[i], 0, real_bytes, -INFINITY)
+    else:  # a bias of finfo.min was clamped to it in log2 units: see tile_tmpl.h
+        set_real(tile.lse_rows[i], 0, real_bytes,
+                 (row_max if row_max == lowest else row_max * LN2) + log(row_sum))
 
 
 # --- The one place where threads are used ---------------------------------------------------
+
+cdef extern from "time.h" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int, timespec *)
+
+
+cdef double seconds_now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + 1e-9 * t.tv_nsec
+
 
 cdef int active_calls = 0       # changed with the GIL held only
 
 
 cdef void run_pool_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
-    cdef const ThreadedCall *threaded = <const ThreadedCall *>context
-    run_task(threaded.call, threaded.scratch + thread * threaded.call.scratch_bytes, task)
+    cdef const Job *job = <const Job *>context
+    cdef double begin
+    if job.busy == NULL:
+        run_task(job, thread, task)
+        return
+    begin = seconds_now()
+    run_task(job, thread, task)
+    job.busy[thread] += seconds_now() - begin
 
 
-cdef void run_tasks(const Call *call, char *scratch, int threads) noexcept nogil:
-    """All tasks of a call on at most `threads` threads: by our pool, or OpenMP if so built."""
-    cdef Py_ssize_t task
-    cdef ThreadedCall threaded
+cdef void run_tasks(const Job *job, int threads) noexcept nogil:
+    """All tasks of a job on at most `threads` threads: by our pool, or OpenMP if so built."""
+    cdef Py_ssize_t task, tasks = job.places[job.batches].task
     if threads <= 1:
-        for task in range(call.tasks):
-            run_task(call, scratch, task)
+        for task in range(tasks):
+            run_pool_task(job, 0, task)
     elif QKV_OPENMP:
-        for task in prange(call.tasks, num_threads=threads, schedule="dynamic", chunksize=1):
-            run_task(call, scratch + threadid() * call.scratch_bytes, task)
+        for task in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
+            run_pool_task(job, threadid(), task)
     else:
-        threaded.call = call
-        threaded.scratch = scratch
-        qkv_run_tasks(run_pool_task, &threaded, call.tasks, threads)
+        qkv_run_tasks(run_pool_task, job, tasks, threads)
 
 
-cdef int threads_for(const Call *call, int budget) noexcept:
+cdef int threads_for(double work, int budget) noexcept:
     """The caller's budget, shared with the other callers of the moment, as far as it pays."""
-    cdef double work = (<double>call.tasks * call.tiles_per_task * call.kernels.tile_q * call.kv_len
-                        * (call.head_dim + call.v_dim))
     if qkv_forked() or work < SERIAL_WORK:
         return 1
     if active_calls > 1:
         budget = max(1, budget // active_calls)
-    return <int>min(<Py_ssize_t>budget, call.tasks)
+    return budget
 
 
 # --- Scratch: kept between calls ------------------------------------------------------------
@@ -916,58 +1260,64 @@ cdef void limit_to_blas(Operand *operand, Py_ssize_t count, Py_ssize_t length,
 
 
 cdef void set_vector(Operand *operand, cnp.ndarray array, Py_ssize_t batch_ndim) noexcept:
-    """(*batch) or (*batch, heads)"""
+    """(*batch), (*batch, heads) or (*batch, heads, rows)"""
     operand.data = <char *>cnp.PyArray_DATA(array)
     operand.batch_strides = cnp.PyArray_STRIDES(array)
     if cnp.PyArray_NDIM(array) > batch_ndim:
         operand.head = cnp.PyArray_STRIDES(array)[batch_ndim]
+    if cnp.PyArray_NDIM(array) > batch_ndim + 1:
+        operand.row = cnp.PyArray_STRIDES(array)[batch_ndim + 1]
 
 
-def run(problem, str tiles, str isa):
-    """Compute a Problem (see _problem.py) into its `out` and `lse`."""
-    global active_calls
+cdef void note_widened(Operand *operand, cnp.ndarray array, int real_bytes) noexcept:
+    """`direct` also for the types that the kernels for few rows widen."""
+    cdef Py_ssize_t item = 1 if operand.type == QKV_INT8 else 2
+    if real_bytes == 4 and (operand.type == QKV_FLOAT16 or operand.type == QKV_BFLOAT16
+                            or operand.type == QKV_INT8):
+        operand.direct = (operand.col == item
+                          or cnp.PyArray_DIMS(array)[cnp.PyArray_NDIM(array) - 1] <= 1)
+
+
+cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few) except *:
+    """Fill a Call, for tiles or for few rows, with these kernels."""
     cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
     cdef cnp.ndarray out = problem.out, sinks
-    cdef int out_type = problem.out_code
-    cdef bint wide = out_type == QKV_FLOAT64
-    cdef bint blas = tiles == "blas"
-    cdef int index = isa_index[isa]
-    cdef const qkv_tile_kernels *kernels
-    if blas:
-        if not blas_loaded:
-            load_blas()
-        kernels = &blas_tables[index][wide]
-    else:
-        kernels = table_of(index, out_type)
-
-    cdef Call call
-    memset(&call, 0, sizeof(Call))
-    call.kernels = kernels
+    cdef int real_type = QKV_FLOAT64 if kernels.real_bytes == 8 else QKV_FLOAT32
     cdef Py_ssize_t nb = cnp.PyArray_NDIM(query) - 3
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(query)
+    memset(call, 0, sizeof(Call))
+    call.kernels = kernels
+    call.few = few
     call.batch_ndim = nb
     call.batch_shape = shape
     call.num_kv_heads = cnp.PyArray_DIMS(key)[nb]
+    call.group = shape[nb] // call.num_kv_heads
     call.q_len = shape[nb + 1]
     call.head_dim = shape[nb + 2]
-    call.kv_len = cnp.PyArray_DIMS(key)[nb + 1]
+    call.kv_len = problem.kv_len
     call.v_dim = cnp.PyArray_DIMS(value)[nb + 2]
-    if cnp.PyArray_SIZE(out) == 0 and problem.lse is None or call.num_kv_heads == 0:
-        return
-    call.group = shape[nb] // call.num_kv_heads
-    cdef int real_type = QKV_FLOAT64 if wide else QKV_FLOAT32
     set_operand(&call.query, query, problem.query_code, nb, kernels.operand)
     set_operand(&call.key, key, problem.key_code, nb, kernels.operand)
     set_operand(&call.value, value, problem.value_code, nb, kernels.operand)
-    set_operand(&call.out, out, out_type, nb, real_type)
-    if blas:
-        call.fixed_nvec = kernels.tile_q // kernels.lanes
-        limit_to_blas(&call.key, call.kv_len, call.head_dim, kernels.real_bytes)
-        limit_to_blas(&call.value, call.kv_len, call.v_dim, kernels.real_bytes)
+    set_operand(&call.out, out, problem.out_code, nb, real_type)
+    if few:
+        note_widened(&call.key, key, kernels.real_bytes)
+        note_widened(&call.value, value, kernels.real_bytes)
     if problem.attn_mask is not None:
         set_operand(&call.mask, problem.attn_mask, problem.mask_code, nb, real_type)
+    if problem.block_table is not None:
+        set_vector(&call.block_table, problem.block_table, 1)
+        call.page_size = cnp.PyArray_DIMS(key)[nb + 1]
+    if problem.key_scales is not None:
+        set_vector(&call.key_scales, problem.key_scales, nb)
+    if problem.value_scales is not None:
+        set_vector(&call.value_scales, problem.value_scales, nb)
     if problem.query_offset is not None:
         set_vector(&call.query_offset, problem.query_offset, nb)
+    if problem.query_starts is not None:
+        set_vector(&call.query_starts, problem.query_starts, nb)
+        set_vector(&call.query_lengths, problem.query_lengths, nb)
+        set_vector(&call.key_starts, problem.key_starts, nb)
     if problem.key_lengths is not None:
         set_vector(&call.key_lengths, problem.key_lengths, nb)
     if problem.alibi_slopes is not None:
@@ -976,7 +1326,7 @@ def run(problem, str tiles, str isa):
         sinks = problem.sinks
         call.sinks = <const double *>cnp.PyArray_DATA(sinks)
     if problem.lse is not None:
-        call.lse = <char *>cnp.PyArray_DATA(<cnp.ndarray>problem.lse)
+        set_vector(&call.lse, problem.lse, nb)
     call.softcap = problem.softcap
     call.modified = (call.softcap != 0 or call.slopes.data != NULL
                      or call.mask.data != NULL and call.mask.type != QKV_BOOL)
@@ -987,62 +1337,159 @@ def run(problem, str tiles, str isa):
         call.query_factor = -1 if call.query_factor < 0 else 1
     call.left = problem.left
     call.right = problem.right
-
-    cdef Py_ssize_t batches = 1, axis
-    for axis in range(nb):
-        batches *= shape[axis]
+    call.tiles_per_task = 1
+    call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
     cdef Py_ssize_t widest = max(call.head_dim, call.v_dim)
     if widest > (<Py_ssize_t>1 << 40):
         raise MemoryError(f"no memory for tiles of head size {widest}")
-    cdef int budget = problem.num_threads
     call.block_k = BLOCK_K if widest <= WIDE else BLOCK_K_WIDE
     if kernels.row_step > 1 and LARGE < widest <= WIDE:
         call.block_k = BLOCK_K_MATRIX
-    call.tiles = (call.group * call.q_len + kernels.tile_q - 1) // kernels.tile_q
-    call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
-    call.tiles_per_task = 1
-    # Keys and values that must be converted, packed or looked at once for several tiles, or fetched
-    # from far.
-    if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
-            or call.mask.data != NULL
-            or call.kv_len * (call.head_dim + call.v_dim) * call.operand_bytes > SHARED_KEYS):
-        while (call.tiles_per_task * kernels.tile_q < MAX_ROWS_PER_TASK
-               and batches * call.num_kv_heads * call.tiles
-               > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
-            call.tiles_per_task *= 2
-    call.tasks_per_head = (call.tiles + call.tiles_per_task - 1) // call.tiles_per_task
-    call.tasks = batches * call.num_kv_heads * call.tasks_per_head
-    if call.tasks == 0:
-        return
-    cdef Py_ssize_t row_bytes = kernels.tile_q * kernels.real_bytes
+
+
+cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
+    """Where everything lies in a thread's scratch; rows: of a tile, whole vectors."""
+    cdef const qkv_tile_kernels *kernels = call.kernels
+    cdef Py_ssize_t row_bytes = rows * kernels.real_bytes
+    cdef Py_ssize_t widest = max(call.head_dim, call.v_dim)
     cdef Py_ssize_t keys = (call.block_k + PACKED_STEP - 1) // PACKED_STEP * PACKED_STEP
     cdef Py_ssize_t depth = (call.head_dim + PACKED_STEP - 1) // PACKED_STEP * PACKED_STEP
     cdef Py_ssize_t v_depth = (call.v_dim + PACKED_STEP - 1) // PACKED_STEP * PACKED_STEP
     cdef Py_ssize_t step = kernels.depth_step
+    call.q_stride = (call.head_dim + kernels.lanes - 1) // kernels.lanes * kernels.lanes
+    call.acc_stride = (call.v_dim + kernels.lanes - 1) // kernels.lanes * kernels.lanes
     call.key_bytes = (call.head_dim + step - 1) // step * step * call.operand_bytes
     call.packed_stride = keys * call.operand_bytes
     call.gathered_at = round_up(keys * row_bytes)
     call.keys_at = call.gathered_at + round_up(
-        max(call.block_k, kernels.tile_q) * max(widest, call.block_k) * kernels.real_bytes)
-    call.values_at = call.keys_at + round_up(keys * call.key_bytes)
+        max(call.block_k, rows) * max(widest, call.block_k) * kernels.real_bytes)
+    call.values_at = call.keys_at + round_up(
+        keys * max(call.key_bytes, call.v_dim * call.operand_bytes))
     call.packed_at = call.values_at + round_up(keys * call.v_dim * call.operand_bytes)
-    call.tiles_at = call.packed_at
+    call.factors_at = call.packed_at
     if kernels.pack_values != NULL:
-        call.tiles_at += round_up(v_depth * call.packed_stride)
+        call.factors_at += round_up(v_depth * call.packed_stride)
+    call.tiles_at = call.factors_at + round_up(keys * sizeof(float))
     call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
     call.tile_bytes = call.acc_at + round_up(v_depth * row_bytes)
     call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.tile_bytes
 
+
+cdef double place_tasks(const Job *job, Place *totals) noexcept nogil:
+    """Fill the job's places, if it has any; return the multiply-adds to be done, roughly."""
+    cdef const Call *call = &job.tiles
+    cdef Sequence sequence
+    cdef Place place
+    cdef double work = 0
+    cdef Py_ssize_t batch
+    memset(&place, 0, sizeof(Place))
+    for batch in range(job.batches):
+        if job.places != NULL:
+            job.places[batch] = place
+        open_sequence(job, batch, &sequence)
+        place.task += call.num_kv_heads * sequence.tasks_per_head
+        if sequence.few and sequence.tasks_per_head > 1:
+            place.part += call.num_kv_heads * sequence.tasks_per_head
+        # Few rows wait for memory as long as four would compute.
+        work += <double>max(4, call.group * sequence.q_len) * sequence.visible
+    if job.places != NULL:
+        job.places[job.batches] = place
+    totals[0] = place
+    return work * call.num_kv_heads * (call.head_dim + call.v_dim)
+
+
+cdef void count_chunks(const Job *job) noexcept nogil:
+    """Note in the first part of each head that is split how many chunks have not ended."""
+    cdef Sequence sequence
+    cdef Py_ssize_t batch, part
+    for batch in range(job.batches):
+        part = job.places[batch].part
+        if part == job.places[batch + 1].part:
+            continue
+        open_sequence(job, batch, &sequence)
+        while part < job.places[batch + 1].part:
+            (<Part *>(job.parts + part * job.part_bytes)).remaining = sequence.tasks_per_head
+            part += sequence.tasks_per_head
+
+
+def run(problem, str tiles, str isa, Py_ssize_t few_rows=0, cnp.ndarray busy=None):
+    """Compute a Problem (see _problem.py) into its `out` and `lse`.
+
+    Sequences whose KV groups have at most few_rows rows go to the kernels for few rows. busy: float64,
+    one for each thread, to which the seconds are added that it was in tasks.
+    """
+    global active_calls
+    cdef bint wide = problem.code == QKV_FLOAT64
+    cdef int index = isa_index[isa]
+    cdef const qkv_tile_kernels *kernels
+    cdef Job job
+    cdef cnp.ndarray query = problem.query, key = problem.key
+    cdef Py_ssize_t axis
+    if cnp.PyArray_SIZE(problem.out) == 0 and problem.lse is None:
+        return
+    if cnp.PyArray_DIMS(key)[cnp.PyArray_NDIM(query) - 3] == 0:  # no heads
+        return
+    memset(&job, 0, sizeof(Job))
+    if tiles == "blas":
+        if not blas_loaded:
+            load_blas()
+        kernels = &blas_tables[index][wide]
+    else:
+        kernels = table_of(index, problem.code)
+    prepare(&job.tiles, problem, kernels, False)
+    if tiles == "blas":
+        job.tiles.fixed_nvec = kernels.tile_q // kernels.lanes
+        limit_to_blas(&job.tiles.key, job.tiles.kv_len, job.tiles.head_dim, kernels.real_bytes)
+        limit_to_blas(&job.tiles.value, job.tiles.kv_len, job.tiles.v_dim, kernels.real_bytes)
+    cdef Call *call = &job.tiles
+    cdef const qkv_tile_kernels *few = table_of(index, QKV_FLOAT64 if wide else QKV_FLOAT32)
+    job.few_rows = min(few_rows, few.tile_q)
+    job.batches = 1
+    for axis in range(call.batch_ndim):
+        job.batches *= call.batch_shape[axis]
+    cdef int budget = problem.num_threads
+    cdef Place totals
+    cdef double work = place_tasks(&job, &totals)
+    # Keys and values that must be converted, packed or looked at once for several tiles, or fetched
+    # from far.
+    if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
+            or call.mask.data != NULL or call.page_size != 0
+            or call.kv_len * (call.head_dim + call.v_dim) * call.operand_bytes > SHARED_KEYS):
+        while (call.tiles_per_task * kernels.tile_q < MAX_ROWS_PER_TASK
+               and totals.task > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
+            call.tiles_per_task *= 2
+    if totals.task == 0:
+        return
+    cdef size_t places_bytes = round_up((job.batches + 1) * sizeof(Place))
+    cdef size_t parts_bytes = 0
+    lay_out_scratch(call, kernels.tile_q)
+    job.scratch_bytes = call.scratch_bytes
+    if job.few_rows > 0:
+        prepare(&job.few, problem, few, True)
+        axis = min(job.few_rows, call.group * call.q_len)
+        axis = (axis + few.lanes - 1) // few.lanes * few.lanes
+        lay_out_scratch(&job.few, axis)
+        job.scratch_bytes = max(job.scratch_bytes, job.few.scratch_bytes)
+        job.part_bytes = round_up(sizeof(Part)) + round_up(
+            axis * (2 + job.few.acc_stride) * few.real_bytes)
+        parts_bytes = totals.part * job.part_bytes
+
     active_calls += 1
     cdef int threads
     cdef Arena arena
-    cdef char *scratch
     try:
-        threads = threads_for(&call, budget)
-        arena = take_arena(<size_t>threads * call.scratch_bytes)
-        scratch = arena.aligned()
+        if busy is not None:
+            job.busy = <double *>cnp.PyArray_DATA(busy)
+            budget = min(budget, <int>cnp.PyArray_SIZE(busy))
+        threads = threads_for(work, min(<Py_ssize_t>budget, totals.task))
+        arena = take_arena(places_bytes + parts_bytes + <size_t>threads * job.scratch_bytes)
+        job.places = <Place *>arena.aligned()
+        job.parts = <char *>job.places + places_bytes
+        job.scratch = job.parts + parts_bytes
+        place_tasks(&job, &totals)
+        count_chunks(&job)
         with nogil:
-            run_tasks(&call, scratch, threads)
+            run_tasks(&job, threads)
         if arena.size <= KEPT_BYTES:
             idle_arenas.append(arena)
     finally:

@@ -21,7 +21,7 @@ _MAX_OFFSET = 1 << 61
 _OVERLAP_WORK = 10_000  # candidates that the search for overlapping elements may look at
 
 # Codes of the element types, as csrc/convert.h numbers them, by NumPy's type number.
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16, BOOL, SWAPPED = 0, 1, 2, 3, 4, 8
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16, BOOL, INT8, SWAPPED = 0, 1, 2, 3, 4, 5, 8
 _CODES = {
     np.dtype(np.float32).num: FLOAT32,
     np.dtype(np.float64).num: FLOAT64,
@@ -39,12 +39,28 @@ class Problem:
     query, key, value : ndarray
         (*batch, Hq, Lq, D), (*batch, Hkv, Lk, D), (*batch, Hkv, Lk, Dv); any strides, 0 where an
         axis was broadcast.
+    kv_len : int
+        Lk: keys that a batch entry has at most.
+    query_starts, key_starts : ndarray of int64, (*batch,) or None
+        Packed sequences: a batch entry's queries (and rows of out and lse) are those from its start
+        on, `query_lengths` many; its keys those from its start on, `key_lengths` many.
+    query_lengths : ndarray of int64, (*batch,) or None
+        None: Lq each.
+    block_table : ndarray of int64, (batch, blocks), or None
+        Keys in pages: key and value are (pages, Hkv, page_size, ...), and key j of a batch entry is
+        row j % page_size of page ``block_table[entry, j // page_size]``. Entries that no query of
+        the batch entry can see may hold anything.
+    key_scales, value_scales : ndarray of float32, or None
+        Of the shape of key and value without the last axis: factors of int8 rows.
     attn_mask : ndarray or None
         (*batch, Hq, Lq, Lk), boolean or floating. bfloat16 may be anywhere as uint16.
     out, lse : ndarray
         (*batch, Hq, Lq, Dv) and (*batch, Hq, Lq): where the answer goes; lse may be None.
     query_code, key_code, value_code, mask_code, out_code : int
         Element types; mask_code is -1 without a mask.
+    code : int
+        The element type that is computed with: that of all tensors, else float64 where one is,
+        else float32.
     scale, softcap : float
         softcap is 0.0 for none.
     left, right : int
@@ -54,18 +70,22 @@ class Problem:
     sinks : ndarray of float64, (Hq,), or None
     num_threads : int
     result, lse_result : ndarray
-        What the caller gets: views of out and lse without the axes that were added.
-    destination : ndarray or None
-        Where `out` is copied to in the end, when it had to be a temporary.
+        What the caller gets: the memory of out and lse, in the layout of the caller's query.
+    temporary : ndarray or None
+        What is copied to `result` in the end, when the engine can't write there.
     """
 
     __slots__ = (
         "alibi_slopes",
         "attn_mask",
-        "destination",
+        "block_table",
+        "code",
         "key",
         "key_code",
         "key_lengths",
+        "key_scales",
+        "key_starts",
+        "kv_len",
         "left",
         "lse",
         "lse_result",
@@ -75,22 +95,30 @@ class Problem:
         "out_code",
         "query",
         "query_code",
+        "query_lengths",
         "query_offset",
+        "query_starts",
         "result",
         "right",
         "scale",
         "sinks",
         "softcap",
+        "temporary",
         "value",
         "value_code",
+        "value_scales",
     )
 
     alibi_slopes: Array | None
     attn_mask: Array | None
-    destination: Array | None
+    block_table: Array | None
+    code: int
     key: Array
     key_code: int
     key_lengths: Array | None
+    key_scales: Array | None
+    key_starts: Array | None
+    kv_len: int
     left: int
     lse: Array | None
     lse_result: Array | None
@@ -100,14 +128,23 @@ class Problem:
     out_code: int
     query: Array
     query_code: int
+    query_lengths: Array | None
     query_offset: Array | None
+    query_starts: Array | None
     result: Array
     right: int
     scale: float
     sinks: Array | None
     softcap: float
+    temporary: Array | None
     value: Array
     value_code: int
+    value_scales: Array | None
+
+    def __init__(self) -> None:
+        self.query_starts = self.key_starts = self.query_lengths = self.block_table = None
+        self.key_scales = self.value_scales = self.attn_mask = None
+        self.mask_code = -1
 
 
 def normalize(
@@ -145,7 +182,7 @@ def normalize(
         code = _CODES.get(dtype_out.num, -1)
     else:
         code = BFLOAT16 if dtype == "bfloat16" and dtype_out.num == _UINT16 else -1
-    p.query_code = p.key_code = p.value_code = p.out_code = code
+    p.query_code = p.key_code = p.value_code = p.out_code = p.code = code
     if (code < 0 or key.dtype is not dtype_out or value.dtype is not dtype_out
             or not dtype_out.isnative):  # fmt: skip
         _set_codes(p, query, key, value, dtype)
@@ -157,32 +194,218 @@ def normalize(
             and batch == key.shape[:-3] and batch == value.shape[:-3]):  # fmt: skip
         query, key, value, batch, axes = _broadcast(query, key, value)
     num_heads, q_len, head_dim = query.shape[-3:]
-    num_kv_heads, kv_len, key_dim = key.shape[-3:]
-    value_heads, value_len, v_dim = value.shape[-3:]
-    if key_dim != head_dim or head_dim == 0 or value_len != kv_len or value_heads != num_kv_heads:
-        _refuse_sizes(query, key, value)
-    if enable_gqa is not False:
-        enable_gqa = _flag("enable_gqa", enable_gqa)
-    if num_heads != num_kv_heads:
-        _check_groups(num_heads, num_kv_heads, enable_gqa)
+    kv_len = key.shape[-2]
+    v_dim = _check_sizes(query, key, value, enable_gqa)
     p.query, p.key, p.value = query, key, value
+    p.kv_len = kv_len
     heads_shape = (*batch, num_heads)
-
-    p.attn_mask = None
-    p.mask_code = -1
     if attn_mask is not None:
         _set_mask(p, attn_mask, (*heads_shape, q_len, kv_len), raw)
     if (type(dropout_p) is not float or dropout_p) and _number("dropout_p", dropout_p) != 0.0:
         raise ValueError(
             f"dropout_p is {dropout_p!r}: it must be 0.0, since this op is for inference"
         )
+    _set_modifiers(p, heads_shape, head_dim, is_causal, scale, query_offset, window, softcap,
+                   alibi_slopes, sinks)  # fmt: skip
+    p.key_lengths = None
+    if key_lengths is not None:
+        p.key_lengths = _per_batch("key_lengths", key_lengths, batch, 0, kv_len)
+    p.num_threads = (
+        _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
+    )
+    wants_lse = return_lse is not False and _flag("return_lse", return_lse)
+    shape = (*heads_shape, q_len, v_dim)
+    if axes > 2:
+        _set_output(p, query, out, shape, dtype_out, raw)
+    else:
+        _set_output(p, query[0], out, shape[1:], dtype_out, raw)
+        p.out = p.out[np.newaxis]
+    p.lse = p.lse_result = None
+    if wants_lse:
+        p.lse = np.empty((*heads_shape, q_len), _lse_dtype(p))
+        p.lse_result = p.lse if axes > 2 else p.lse[0]
+    return p
+
+
+def normalize_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    key_lengths: Any,
+    out: Any,
+    return_lse: Any,
+    num_threads: Any,
+    dtype: Any,
+) -> Problem:
+    """Packed sequences: each becomes a batch entry, whose axis has stride 0 in all tensors."""
+    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
+    p = Problem()
+    _set_codes(p, query, key, value, dtype)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 3:
+            raise ValueError(f"{name} has shape {array.shape}: it must be (total, heads, head size)")
+    total_q, num_heads, head_dim = query.shape
+    q, k, v = (x.transpose(1, 0, 2) for x in (query, key, value))
+    v_dim = _check_sizes(q, k, v, enable_gqa)
+    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, "query", total_q)
+    starts_k = starts_q
+    if cu_seqlens_k is not None:
+        starts_k = _starts("cu_seqlens_k", cu_seqlens_k, "key", key.shape[0])
+    elif key.shape[0] != total_q:
+        raise ValueError(
+            f"key has length {key.shape[0]} on axis 0, but query has {total_q}: without "
+            "cu_seqlens_k both must hold the same tokens"
+        )
+    if len(starts_k) != len(starts_q):
+        raise ValueError(
+            f"cu_seqlens_q has length {len(starts_q)}, but cu_seqlens_k has {len(starts_k)}: both "
+            "must hold the same number of sequences, and one more"
+        )
+    batch = (len(starts_q) - 1,)
+    p.query, p.key, p.value = (np.broadcast_to(x, (*batch, *x.shape)) for x in (q, k, v))
+    p.query_starts, p.key_starts = starts_q[:-1], starts_k[:-1]
+    p.query_lengths, p.key_lengths = np.diff(starts_q), np.diff(starts_k)
+    p.kv_len = int(p.key_lengths.max(initial=0))
+    if query_offset is None:
+        query_offset = p.key_lengths - p.query_lengths
+    _set_modifiers(p, (*batch, num_heads), head_dim, is_causal, scale, query_offset, window,
+                   softcap, alibi_slopes, sinks)  # fmt: skip
+    if key_lengths is not None:
+        lengths = _per_batch("key_lengths", key_lengths, batch, 0, p.kv_len)
+        if (lengths > p.key_lengths).any():
+            i = int(np.argmax(lengths > p.key_lengths))
+            raise ValueError(
+                f"key_lengths holds {lengths[i]} for sequence {i}, which has {p.key_lengths[i]} "
+                "keys"
+            )
+        p.key_lengths = lengths
+    p.num_threads = (
+        _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
+    )
+    wants_lse = _flag("return_lse", return_lse)
+    native = query.dtype.newbyteorder("=")
+    _set_output(p, query, out, (total_q, num_heads, v_dim), native, dtype is not None)
+    p.out = _repeat(p.out.transpose(1, 0, 2), *batch)
+    p.lse = p.lse_result = None
+    if wants_lse:
+        p.lse_result = np.empty((total_q, num_heads), _lse_dtype(p))
+        p.lse = _repeat(p.lse_result.T, *batch)
+    return p
+
+
+def normalize_paged(
+    query: Any,
+    key_pages: Any,
+    value_pages: Any,
+    block_table: Any,
+    key_lengths: Any,
+    attn_mask: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    key_scales: Any,
+    value_scales: Any,
+    out: Any,
+    return_lse: Any,
+    num_threads: Any,
+    dtype: Any,
+) -> Problem:
+    """Keys and values in pages, of any element type that the cache may have."""
+    query = as_array("query", query)
+    key, value = as_array("key_pages", key_pages), as_array("value_pages", value_pages)
+    p = Problem()
+    raw = wants_bits(dtype)
+    p.query_code = code_of(query.dtype, raw)
+    p.out_code = p.query_code & ~SWAPPED
+    if p.query_code < 0:
+        raise TypeError(f"query has dtype {query.dtype}: it must be one of {_ACCEPTED}")
+    p.key_code, p.key_scales = _page_code("key", key, key_scales, raw)
+    p.value_code, p.value_scales = _page_code("value", value, value_scales, raw)
+    codes = {code & ~SWAPPED for code in (p.query_code, p.key_code, p.value_code)}
+    p.code = p.out_code if len(codes) == 1 else FLOAT64 if FLOAT64 in codes else FLOAT32
+    for name, array in (("query", query), ("key_pages", key), ("value_pages", value)):
+        if array.ndim != 4:
+            what = "(batch, Hq, Lq, D)" if name == "query" else "(pages, Hkv, page_size, head size)"
+            raise ValueError(f"{name} has shape {array.shape}: it must be {what}")
+    num_batch, num_heads, q_len, head_dim = query.shape
+    num_pages, _, page_size, _ = key.shape
+    if value.shape[0] != num_pages:
+        raise ValueError(
+            f"value_pages has {value.shape[0]} pages, but key_pages has {num_pages}: both must "
+            "have the same"
+        )
+    if page_size == 0:
+        raise ValueError("key_pages has length 0 on axis -2: a page must hold at least one key")
+    v_dim = _check_sizes(query, key, value, enable_gqa)
+    p.query, p.key, p.value = query, key, value
+    batch, heads_shape = (num_batch,), (num_batch, num_heads)
+
+    table = _plain("block_table", block_table)
+    if table.dtype.kind not in "iu" or table.ndim != 2 or len(table) != num_batch:
+        raise ValueError(
+            f"block_table is an array of {table.dtype} of shape {table.shape}: integers of shape "
+            f"(batch, blocks) = ({num_batch}, ...) are needed"
+        )
+    p.block_table = np.ascontiguousarray(table, np.int64)
+    room = table.shape[1] * page_size
+    p.key_lengths = _per_batch("key_lengths", key_lengths, batch, 0, room)
+    p.kv_len = int(p.key_lengths.max(initial=0))
+    if attn_mask is not None:
+        _set_mask(p, attn_mask, (*heads_shape, q_len, p.kv_len), raw)
+    if query_offset is None:
+        query_offset = p.key_lengths - q_len
+    _set_modifiers(p, heads_shape, head_dim, is_causal, scale, query_offset, window, softcap,
+                   alibi_slopes, sinks)  # fmt: skip
+    _check_table(p, q_len, num_pages, page_size)
+    p.num_threads = (
+        _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
+    )
+    wants_lse = _flag("return_lse", return_lse)
+    native = query.dtype.newbyteorder("=")
+    _set_output(p, query, out, (*heads_shape, q_len, v_dim), native, raw)
+    p.lse = p.lse_result = None
+    if wants_lse:
+        p.lse = p.lse_result = np.empty((*heads_shape, q_len), _lse_dtype(p))
+    return p
+
+
+def _set_modifiers(
+    p: Problem,
+    heads_shape: tuple[int, ...],
+    head_dim: int,
+    is_causal: Any,
+    scale: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+) -> None:
+    """Set what scores and visibility depend on besides the tensors and the mask."""
     p.left = p.right = UNBOUNDED
     if is_causal is not False and _flag("is_causal", is_causal):
         p.right = 0
     p.scale = 1.0 / math.sqrt(head_dim) if scale is None else _number("scale", scale)
     p.query_offset = None
     if query_offset is not None and not (type(query_offset) is int and query_offset == 0):
-        p.query_offset = _per_batch("query_offset", query_offset, batch, -_MAX_OFFSET, _MAX_OFFSET)
+        p.query_offset = _per_batch(
+            "query_offset", query_offset, heads_shape[:-1], -_MAX_OFFSET, _MAX_OFFSET
+        )
     if window is not None:
         _set_window(p, window)
     p.softcap = 0.0
@@ -199,25 +422,80 @@ def normalize(
     p.sinks = None
     if sinks is not None:
         p.sinks = np.ascontiguousarray(_reals("sinks", sinks))
-        if p.sinks.shape != (num_heads,):
+        if p.sinks.shape != heads_shape[-1:]:
             raise ValueError(
-                f"sinks has shape {p.sinks.shape}: one logit for each of {num_heads} query heads "
-                f"is needed, ({num_heads},)"
+                f"sinks has shape {p.sinks.shape}: one logit for each of {heads_shape[-1]} query "
+                f"heads is needed, ({heads_shape[-1]},)"
             )
-    p.key_lengths = None
-    if key_lengths is not None:
-        p.key_lengths = _per_batch("key_lengths", key_lengths, batch, 0, kv_len)
-    p.num_threads = (
-        _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
+
+
+def _starts(name: str, given: Any, tensor: str, total: int) -> Array:
+    """Return cumulative lengths as int64: from 0 to `total`, never falling."""
+    starts = _plain(name, given)
+    if starts.dtype.kind not in "iu" or starts.ndim != 1 or not len(starts):
+        raise TypeError(
+            f"{name} is an array of {starts.dtype} of shape {starts.shape}: integers of shape "
+            "(sequences + 1,) are needed"
+        )
+    starts = starts.astype(np.int64)
+    if starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 0).any():
+        raise ValueError(
+            f"{name} goes from {starts[0]} to {starts[-1]}: it must rise from 0 to the length of "
+            f"{tensor} on axis 0, {total}"
+        )
+    return starts
+
+
+def _page_code(name: str, pages: Array, scales: Any, raw: bool) -> tuple[int, Array | None]:
+    """Return the code of pages and their scales, which go with int8 alone."""
+    code = INT8 if pages.dtype == np.int8 else code_of(pages.dtype, raw)
+    if code < 0:
+        raise TypeError(f"{name}_pages has dtype {pages.dtype}: it must be {_ACCEPTED} or int8")
+    if (code == INT8) != (scales is not None):
+        raise TypeError(
+            f"{name}_pages has dtype {pages.dtype} and {name}_scales is "
+            f"{'None' if scales is None else 'given'}: int8 has scales, and nothing else has"
+        )
+    if scales is None:
+        return code, None
+    array = as_array(f"{name}_scales", scales)
+    if array.dtype != np.float32 or not array.dtype.isnative or array.shape != pages.shape[:-1]:
+        raise ValueError(
+            f"{name}_scales is an array of {array.dtype} of shape {array.shape}: float32 of shape "
+            f"{pages.shape[:-1]} is needed, a factor for each row"
+        )
+    return code, array
+
+
+def _check_table(p: Problem, q_len: int, num_pages: int, page_size: int) -> None:
+    """Raise when a page that some query can see is none."""
+    table, lengths = p.block_table, p.key_lengths
+    assert table is not None
+    assert lengths is not None
+    begin = np.arange(table.shape[1], dtype=np.int64) * page_size
+    offset = np.zeros_like(lengths) if p.query_offset is None else p.query_offset
+    seen = begin < lengths[:, np.newaxis]
+    if p.left < UNBOUNDED:
+        seen &= begin + page_size > (offset - p.left)[:, np.newaxis]
+    if p.right < UNBOUNDED:
+        seen &= begin <= (offset + (q_len - 1 + p.right))[:, np.newaxis]
+    wrong = seen & ((table < 0) | (table >= num_pages))
+    if wrong.any():
+        i, j = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"block_table[{i}, {j}] is {table[i, j]}: it must be a page, from 0 to {num_pages - 1}"
+        )
+
+
+def _repeat(array: Array, count: int) -> Array:
+    """Return a writeable view with a first axis that shows the same memory `count` times."""
+    return np.lib.stride_tricks.as_strided(
+        array, (count, *array.shape), (0, *array.strides), writeable=True
     )
-    wants_lse = return_lse is not False and _flag("return_lse", return_lse)
-    _set_output(p, out, (*heads_shape, q_len, v_dim), dtype_out, axes, raw)
-    p.lse = p.lse_result = None
-    if wants_lse:
-        lse_dtype = np.float64 if p.out_code == FLOAT64 else np.float32
-        p.lse = np.empty((*heads_shape, q_len), lse_dtype)
-        p.lse_result = p.lse if axes > 2 else p.lse[0]
-    return p
+
+
+def _lse_dtype(p: Problem) -> type[np.floating[Any]]:
+    return np.float64 if p.code == FLOAT64 else np.float32
 
 
 def as_array(name: str, given: Any) -> Array:
@@ -278,7 +556,7 @@ def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -
         code_of(key.dtype, raw),
         code_of(value.dtype, raw),
     )
-    p.out_code = codes[0] & ~SWAPPED
+    p.out_code = p.code = codes[0] & ~SWAPPED
     if raw and any(code & ~SWAPPED != BFLOAT16 for code in codes):
         raise TypeError(
             f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: with "
@@ -315,6 +593,20 @@ def _broadcast(
         np.broadcast_to(a, (*batch, *a.shape[-3:])) for a in (query, key, value)
     )  # fmt: skip
     return query, key, value, batch, axes
+
+
+def _check_sizes(query: Array, key: Array, value: Array, enable_gqa: Any) -> int:
+    """Raise when heads, lengths or head sizes don't fit; return the values' head size."""
+    num_heads, head_dim = query.shape[-3], query.shape[-1]
+    num_kv_heads, kv_len, key_dim = key.shape[-3:]
+    value_heads, value_len, v_dim = value.shape[-3:]
+    if key_dim != head_dim or head_dim == 0 or value_len != kv_len or value_heads != num_kv_heads:
+        _refuse_sizes(query, key, value)
+    if enable_gqa is not False:
+        enable_gqa = _flag("enable_gqa", enable_gqa)
+    if num_heads != num_kv_heads:
+        _check_groups(num_heads, num_kv_heads, enable_gqa)
+    return v_dim
 
 
 def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
@@ -448,44 +740,41 @@ def _window_side(name: str, given: Any) -> int:
 
 def _set_output(
     p: Problem,
+    query: Array,
     out: Any,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    axes: int,
     raw: bool,
 ) -> None:
-    """Choose where the engine writes and what the caller gets."""
-    query = p.query
-    p.destination = None
+    """Choose where the engine writes and what the caller gets; all of `shape`, as is `p.out`."""
+    p.temporary = None
     if out is None:
         if query.flags.c_contiguous or query.ndim != len(shape) or _repeats(query):
             p.out = np.empty(shape, dtype)
         else:
             p.out = np.empty_like(query, dtype=dtype, shape=shape)
-        p.result = p.out if axes > 2 else p.out[0]
+        p.result = p.out
         return
-    expected = shape if axes > 2 else shape[1:]
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
-    if out.shape != expected:
-        raise ValueError(f"out has shape {out.shape}: the result's shape is {expected}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}: the result's shape is {shape}")
     if code_of(out.dtype, raw) & ~SWAPPED != p.out_code:
         raise TypeError(f"out has dtype {out.dtype}: the result's dtype is {dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
     p.result = out
-    if type(out) is not np.ndarray:
-        out = out.view(np.ndarray)
-    p.out = out if axes > 2 else out[np.newaxis]
-    inputs = (query, p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
-              p.key_lengths)  # fmt: skip
+    p.out = out = out if type(out) is np.ndarray else out.view(np.ndarray)
+    inputs = (p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
+              p.key_lengths, p.key_scales, p.value_scales, p.block_table, p.query_starts,
+              p.query_lengths, p.key_starts)  # fmt: skip
     if (
         not out.dtype.isnative
         or (not out.flags.c_contiguous and (_repeats(out) or (out.size and _overlaps_itself(out))))
-        or any([a is not None and _in_the_way(p.out, a, a is query) for a in inputs])
+        or (not _same_memory(out, query) and _in_the_way(out, query))
+        or any([a is not None and _in_the_way(out, a) for a in inputs])
     ):
-        p.destination = p.out
-        p.out = np.empty(shape, dtype)
+        p.out = p.temporary = np.empty(shape, dtype)
 
 
 def _repeats(array: Array) -> bool:
@@ -515,12 +804,12 @@ def _same_memory(a: Array, b: Array) -> bool:
     )
 
 
-def _in_the_way(out: Array, array: Array, is_query: bool) -> bool:
+def _in_the_way(out: Array, array: Array) -> bool:
     """Whether writing `out` may change what is still to be read of an input.
 
-    A task reads all its queries before it writes their rows, so `out` may be `query` itself.
+    A task reads all its queries before it writes their rows, so `out` may be the query itself.
     """
-    if not np.may_share_memory(out, array) or (is_query and _same_memory(out, array)):
+    if not np.may_share_memory(out, array):
         return False
     try:
         return bool(np.shares_memory(out, array, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]

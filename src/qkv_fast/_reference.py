@@ -9,7 +9,8 @@ For each block of rows, with the keys that some row of it can see:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +34,80 @@ def run(problem: Problem) -> None:
             _run_batch_entry(problem, index)
 
 
+class Rows(NamedTuple):
+    """The keys or the values of a batch entry, wherever they lie."""
+
+    array: Array  # (Hkv, rows, D), or (pages, Hkv, page_size, D)
+    scales: Array | None  # of that shape without the last axis
+    code: int
+    blocks: Array | None  # the numbers of the pages, in order
+
+    def read(self, heads: slice, keys: slice, real: npt.DTypeLike) -> Array:
+        """Return (heads, keys, D) reals."""
+        part = reals(self._take(self.array, heads, keys), self.code, real)
+        if self.scales is not None:
+            part = part * self._take(self.scales, heads, keys)[..., np.newaxis].astype(real)
+        return part
+
+    def _take(self, array: Array, heads: slice, keys: slice) -> Array:
+        if self.blocks is None:
+            return array[heads, keys]
+        size = array.shape[2]
+        first = keys.start // size
+        pages = self.blocks[first : -(-keys.stop // size)]
+        rows = array[pages, heads].swapaxes(0, 1)  # (heads, pages, page_size, ...)
+        rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+        return rows[:, keys.start - first * size : keys.stop - first * size]
+
+
+class Entry(NamedTuple):
+    """A batch entry: its own queries, keys and values, and where its answer goes."""
+
+    query: Array  # (Hq, q_len, D)
+    key: Rows
+    value: Rows
+    mask: Array | None  # (Hq, q_len, kv_len)
+    slopes: Array | None  # (Hq,)
+    out: Array  # (Hq, q_len, Dv)
+    lse: Array | None
+    offset: int  # the first query's position
+    visible: int  # keys before key_lengths
+
+
+def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
+    def own(array: Array | None, starts: Array | None = None, count: int = 0) -> Any:
+        """Return a batch entry's part; of packed sequences `count` rows from its start on."""
+        if array is None or starts is None:
+            return None if array is None else array[index]
+        return array[index][:, int(starts[index]) : int(starts[index]) + count]
+
+    q_len = p.query.shape[-2] if p.query_lengths is None else int(p.query_lengths[index])
+    visible = p.kv_len if p.key_lengths is None else int(p.key_lengths[index])
+    out = p.out.view(np.uint16) if p.out_code == BFLOAT16 else p.out
+    if p.block_table is None:
+        key = Rows(own(p.key, p.key_starts, visible), None, p.key_code, None)
+        value = Rows(own(p.value, p.key_starts, visible), None, p.value_code, None)
+    else:
+        blocks = p.block_table[index]
+        key = Rows(p.key, p.key_scales, p.key_code, blocks)
+        value = Rows(p.value, p.value_scales, p.value_code, blocks)
+    return Entry(
+        own(p.query, p.query_starts, q_len),
+        key,
+        value,
+        own(p.attn_mask),
+        own(p.alibi_slopes),
+        own(out, p.query_starts, q_len),
+        own(p.lse, p.query_starts, q_len),
+        0 if p.query_offset is None else int(p.query_offset[index]),
+        visible,
+    )
+
+
 def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
-    num_heads, q_len, _ = p.query.shape[-3:]
-    num_kv_heads, kv_len = p.key.shape[-3:-1]
+    entry = _entry(p, index)
+    num_heads, q_len, _ = entry.query.shape
+    num_kv_heads, kv_len = p.key.shape[-3], entry.visible
     if num_heads == 0:
         return
     group = num_heads // num_kv_heads
@@ -44,36 +116,33 @@ def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
     for kv_head in range(0, num_kv_heads, heads_at_once):
         kv_heads = slice(kv_head, min(kv_head + heads_at_once, num_kv_heads))
         for row in range(0, q_len, rows_at_once):
-            _run_block(p, index, kv_heads, group, slice(row, min(row + rows_at_once, q_len)))
+            _run_block(p, entry, kv_heads, group, slice(row, min(row + rows_at_once, q_len)))
 
 
-def _run_block(
-    p: Problem, index: tuple[int, ...], kv_heads: slice, group: int, rows: slice
-) -> None:
-    real = np.float64 if p.out_code == FLOAT64 else np.float32
+def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slice) -> None:
+    real = np.float64 if p.code == FLOAT64 else np.float32
     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-    positions, keys = _reach(p, index, rows)
+    positions, keys = _reach(p, entry, rows)
 
     # (kv heads, group · rows, D): the query heads of a group are more rows against its keys.
-    query = reals(p.query[index][heads, rows], p.query_code, real)
+    query = reals(entry.query[heads, rows], p.query_code, real)
     shape = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
     stacked = query.reshape(shape[0], shape[1] * shape[2], -1)
-    key, value = p.key[index][kv_heads, keys], p.value[index][kv_heads, keys]
-    scores = np.empty((*stacked.shape[:2], key.shape[1]), real)
-    for some in _key_blocks(key, real):
-        scores[..., some] = stacked @ reals(key[:, some], p.key_code, real).swapaxes(-1, -2)
+    scores = np.empty((*stacked.shape[:2], keys.stop - keys.start), real)
+    for some, at in _key_blocks(keys, entry.key, real):
+        scores[..., at] = stacked @ entry.key.read(kv_heads, some, real).swapaxes(-1, -2)
     scores = scores.reshape(*shape, -1)
     scores *= real(p.scale)
 
     if p.softcap:
         scores = real(p.softcap) * np.tanh(scores / real(p.softcap))
     distance = positions[:, np.newaxis] - np.arange(keys.start, keys.stop)
-    if p.alibi_slopes is not None:
-        slopes = p.alibi_slopes[index][heads].reshape(*shape[:2], 1, 1)
+    if entry.slopes is not None:
+        slopes = entry.slopes[heads].reshape(*shape[:2], 1, 1)
         scores += (-slopes * np.abs(distance)).astype(real)
     allowed = np.broadcast_to((distance <= p.left) & (-distance <= p.right), scores.shape)
-    if p.attn_mask is not None:
-        mask = p.attn_mask[index][heads, rows, keys].reshape(scores.shape)
+    if entry.mask is not None:
+        mask = entry.mask[heads, rows, keys].reshape(scores.shape)
         if mask.dtype == np.bool_:
             allowed = allowed & mask
         else:
@@ -89,10 +158,10 @@ def _run_block(
     weights = np.exp(scores - row_max)
     row_sum = weights.sum(axis=-1, keepdims=True)
     seen = allowed.any(axis=-1, keepdims=True)
-    acc = np.zeros((*shape, value.shape[-1]), real)
-    for some in _key_blocks(value, real):
-        part = reals(value[:, some], p.value_code, real)
-        acc += _mix(weights[..., some], part, allowed[..., some])
+    acc = np.zeros((*shape, p.value.shape[-1]), real)
+    for some, at in _key_blocks(keys, entry.value, real):
+        part = entry.value.read(kv_heads, some, real)
+        acc += _mix(weights[..., at], part, allowed[..., at])
     if p.sinks is None:
         result = acc / row_sum
     else:
@@ -102,13 +171,10 @@ def _run_block(
         result = acc * decay / (row_sum * decay + np.exp(sinks - top))
         result = np.where(sinks == np.inf, row_sum * 0, result)
     result = np.where(seen, result, 0).reshape(heads.stop - heads.start, shape[2], -1)
-    if p.out_code == BFLOAT16:
-        p.out.view(np.uint16)[index][heads, rows] = bfloat16_bits(result)
-    else:
-        p.out[index][heads, rows] = result
-    if p.lse is not None:
+    entry.out[heads, rows] = bfloat16_bits(result) if p.out_code == BFLOAT16 else result
+    if entry.lse is not None:
         lse = np.where(seen, row_max + np.log(row_sum), -np.inf)
-        p.lse[index][heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
+        entry.lse[heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
 
 
 def reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
@@ -127,23 +193,27 @@ def bfloat16_bits(x: Array) -> Array:
     return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
-def _reach(p: Problem, index: tuple[int, ...], rows: slice) -> tuple[Array, slice]:
+def _reach(p: Problem, entry: Entry, rows: slice) -> tuple[Array, slice]:
     """Return the rows' positions, and the slice of keys that some of them can see."""
-    offset = 0 if p.query_offset is None else int(p.query_offset[index])
-    stop = p.key.shape[-2] if p.key_lengths is None else int(p.key_lengths[index])
-    start = 0
+    start, stop = 0, entry.visible
     if p.left < UNBOUNDED:
-        start = min(stop, max(0, offset + rows.start - p.left))
+        start = min(stop, max(0, entry.offset + rows.start - p.left))
     if p.right < UNBOUNDED:
-        stop = max(start, min(stop, offset + rows.stop - 1 + p.right + 1))
-    return np.arange(offset + rows.start, offset + rows.stop), slice(start, stop)
+        stop = max(start, min(stop, entry.offset + rows.stop - 1 + p.right + 1))
+    return np.arange(entry.offset + rows.start, entry.offset + rows.stop), slice(start, stop)
 
 
-def _key_blocks(array: Array, real: npt.DTypeLike) -> list[slice]:
-    """Return the slices of keys to work on: all at once, unless they have to be converted."""
-    kv_len = array.shape[1]
-    step = kv_len if array.dtype == real else BLOCK_KEYS
-    return [slice(start, start + step) for start in range(0, kv_len, max(1, step))]
+def _key_blocks(keys: slice, rows: Rows, real: npt.DTypeLike) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of keys to work on, and where they stand among `keys`.
+
+    All at once, unless they have to be converted or fetched from pages first.
+    """
+    count = keys.stop - keys.start
+    in_place = rows.blocks is None and rows.array.dtype == real
+    step = max(1, count if in_place else BLOCK_KEYS)
+    for at in range(0, count, step):
+        stop = min(count, at + step)
+        yield slice(keys.start + at, keys.start + stop), slice(at, stop)
 
 
 def _mix(weights: Array, value: Array, allowed: Array) -> Array:

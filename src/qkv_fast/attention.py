@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from ._backend import dispatch
-from ._problem import normalize
+from ._problem import Problem, normalize
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -193,9 +193,14 @@ def scaled_dot_product_attention(
     problem = normalize(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                         query_offset, window, softcap, alibi_slopes, sinks, key_lengths, out,
                         return_lse, num_threads, dtype)  # fmt: skip
+    return solve(problem)
+
+
+def solve(problem: Problem) -> Array | tuple[Array, Array]:
+    """Compute a problem with the engine in force; return what the caller gets."""
     dispatch(problem)
-    if problem.destination is not None:
-        np.copyto(problem.destination, problem.out)
+    if problem.temporary is not None:
+        np.copyto(problem.result, problem.temporary)
     if problem.lse_result is not None:
         return problem.result, problem.lse_result
     return problem.result
