@@ -107,12 +107,13 @@ typedef struct {
      * whole vectors; K and V of any `type` that real can hold, with unit stride along their rows.
      *     S[k][r]   = sum_d K[k][d] * Q[r][d]
      *     acc[r][:] = acc[r][:] * decay[r] + sum_k P[k][r] * V[k][:]; no decay: 1
-     * partial: some key is excluded from some row. */
+     * partial: some key is excluded from some row. next: where the rows after these lie. */
     void (*few_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride, const char *K,
-                       ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows, int type);
+                       ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows, int type,
+                       const char *next);
     void (*few_accumulate)(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
                            const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
-                           const void *decay, int partial, int type);
+                           const void *decay, int partial, int type, const char *next);
 
     /* Between n elements of a 16-bit type (or int8, widen alone) and floats, both of unit stride;
      * NULL for double. */

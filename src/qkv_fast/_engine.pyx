@@ -59,10 +59,10 @@ cdef extern from "tile_kernels.h" nogil:
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
         void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *, Py_ssize_t,
-                           Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
+                           Py_ssize_t, Py_ssize_t, int, int, const char *) noexcept nogil
         void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *,
-                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int,
-                               int) noexcept nogil
+                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int, int,
+                               const char *) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
@@ -422,52 +422,61 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
     return factors
 
 
-cdef const char *load_few(const Call *call, const Head *head, const Operand *operand, char *rows,
-                          int64_t begin, Py_ssize_t length, Py_ssize_t *count, Py_ssize_t *stride,
-                          int *type) noexcept nogil:
-    """A run of rows as the kernels for few rows want them, in place if they can widen them."""
-    cdef char *row = find_rows(call, head, operand, rows, begin, count)
-    type[0] = operand.type
-    stride[0] = operand.row
+cdef struct Run:                        # rows of keys or values that few_rows.h takes at once
+    const char *rows
+    const char *next                    # where those after them lie
+    Py_ssize_t count, stride
+    int type
+
+
+cdef void load_run(const Call *call, const Head *head, const Operand *operand, char *rows,
+                   Py_ssize_t length, int64_t begin, Py_ssize_t count, int64_t last,
+                   Run *run) noexcept nogil:
+    """The rows of at most count keys: in place where they lie side by side and can be widened."""
+    cdef Py_ssize_t one = 1
+    run.count = count
+    run.rows = find_rows(call, head, operand, rows, begin, &run.count)
+    run.next = run.rows + run.count * operand.row
+    if begin + run.count <= last:
+        run.next = find_rows(call, head, operand, rows, begin + run.count, &one)
+    run.stride = operand.row
+    run.type = operand.type
     if operand.direct:
-        return row
-    type[0] = call.kernels.operand
-    stride[0] = length * call.operand_bytes
-    gather_keys(call, head, operand, rows, begin, count[0], length, head.S + call.keys_at,
-                stride[0])
-    return head.S + call.keys_at
+        return
+    run.type = call.kernels.operand
+    run.stride = length * call.operand_bytes
+    gather_keys(call, head, operand, rows, begin, run.count, length, head.S + call.keys_at,
+                run.stride)
+    run.rows = run.next = head.S + call.keys_at
 
 
 cdef void score_few(const Call *call, const Head *head, Tile *tile, const Block *block,
                     Py_ssize_t nk) noexcept nogil:
-    cdef Py_ssize_t i = block.skipped, count, stride
-    cdef const char *keys
-    cdef int type
+    cdef Py_ssize_t i = block.skipped
+    cdef Run run
     while i < nk:
-        count = nk - i
-        keys = load_few(call, head, &call.key, head.key, block.begin + i, call.head_dim, &count,
-                        &stride, &type)
+        load_run(call, head, &call.key, head.key, call.head_dim, block.begin + i, nk - i,
+                 tile.last_max, &run)
         call.kernels.few_scores(head.S + i * tile.lanes * call.kernels.real_bytes, tile.lanes,
-                                tile.Qt, call.q_stride, keys, stride, count, call.head_dim,
-                                tile.count, type)
-        i += count
+                                tile.Qt, call.q_stride, run.rows, run.stride, run.count,
+                                call.head_dim, tile.count, run.type, run.next)
+        i += run.count
 
 
 cdef void accumulate_few(const Call *call, const Head *head, Tile *tile, const Block *block,
                          Py_ssize_t nk, bint partial) noexcept nogil:
-    cdef Py_ssize_t i = block.skipped, count, stride
-    cdef const char *values
+    cdef Py_ssize_t i = block.skipped
     cdef const void *decay = tile.decay
-    cdef int type
+    cdef Run run
     while i < nk:
-        count = nk - i
-        values = load_few(call, head, &call.value, head.value, block.begin + i, call.v_dim, &count,
-                          &stride, &type)
+        load_run(call, head, &call.value, head.value, call.v_dim, block.begin + i, nk - i,
+                 tile.last_max, &run)
         call.kernels.few_accumulate(
             tile.acc, call.acc_stride, head.S + i * tile.lanes * call.kernels.real_bytes,
-            tile.lanes, values, stride, count, call.v_dim, tile.count, decay, partial, type)
+            tile.lanes, run.rows, run.stride, run.count, call.v_dim, tile.count, decay, partial,
+            run.type, run.next)
         decay = NULL
-        i += count
+        i += run.count
 
 
 cdef void pack_values(const Call *call, const Head *head, Block *block, const char *rows,
