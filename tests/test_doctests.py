@@ -21,6 +21,9 @@ MODULES = [
     "_problem",
     "_reference",
     "merge",
+    "varlen",
+    "paged",
+    "cache",
 ]
 
 

@@ -253,7 +253,9 @@ def normalize_varlen(
     _set_codes(p, query, key, value, dtype)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 3:
-            raise ValueError(f"{name} has shape {array.shape}: it must be (total, heads, head size)")
+            raise ValueError(
+                f"{name} has shape {array.shape}: it must be (total, heads, head size)"
+            )
     total_q, num_heads, head_dim = query.shape
     q, k, v = (x.transpose(1, 0, 2) for x in (query, key, value))
     v_dim = _check_sizes(q, k, v, enable_gqa)
@@ -599,6 +601,7 @@ def _check_sizes(query: Array, key: Array, value: Array, enable_gqa: Any) -> int
     """Raise when heads, lengths or head sizes don't fit; return the values' head size."""
     num_heads, head_dim = query.shape[-3], query.shape[-1]
     num_kv_heads, kv_len, key_dim = key.shape[-3:]
+    v_dim: int
     value_heads, value_len, v_dim = value.shape[-3:]
     if key_dim != head_dim or head_dim == 0 or value_len != kv_len or value_heads != num_kv_heads:
         _refuse_sizes(query, key, value)

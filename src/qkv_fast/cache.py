@@ -1,0 +1,658 @@
+"""A cache of keys and values for decoding: in one piece per sequence, or in pages."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, SWAPPED, as_array, code_of
+from ._reference import bfloat16_bits, reals
+from .paged import paged_attention
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+    Ints = int | Sequence[int] | Array
+
+_STORED = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
+_CODES = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16,
+          "int8": INT8}  # fmt: skip
+WINDOW_PAGE = 64  # keys of a page in window mode, unless told
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for a batch of sequences of different lengths.
+
+    Storage is in one piece per sequence, or with `page_size` in pages that sequences take from a
+    common pool as they grow, may share, and give back.
+
+    Parameters
+    ----------
+    batch, num_kv_heads : int
+        Sequences, and key heads of each.
+    capacity : int
+        Tokens that a sequence can have. With `window`, all that ever come, not those kept.
+    head_dim : int
+        Size of a key; `v_dim`, of a value, is the same unless given.
+    v_dim : int, optional
+    dtype : {"float32", "float64", "float16", "bfloat16", "int8"} or dtype
+        What is stored; what is appended is rounded to it. bfloat16 is stored as uint16. int8 has
+        a float32 scale for each token and head, the largest magnitude of its row over 127: an
+        element is off by at most 1/254 of that magnitude.
+    page_size : int, optional
+        Tokens of a page.
+    num_pages : int, optional
+        Size of the pool; by default enough for all sequences at full length.
+    window : int, optional
+        A query sees only its own position and so many before it, and pages that no further query
+        can see are given back. Implies pages (of 64 unless `page_size` says otherwise); the
+        default pool then lets each sequence append max(window, 512) tokens at a time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument of the wrong kind or out of range.
+
+    Notes
+    -----
+    uint16 arrays mean bfloat16 everywhere here. Whatever raises leaves the cache as it was. A cache
+    must not be changed by one thread while another uses it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> cache = qkv_fast.KVCache(batch=1, num_kv_heads=2, capacity=100, head_dim=8)
+    >>> k, v = rng.standard_normal((2, 1, 2, 5, 8), np.float32)  # a prompt of 5 tokens
+    >>> q = rng.standard_normal((1, 4, 5, 8), np.float32)  # 4 query heads
+    >>> cache.append(k, v)
+    >>> prompt = cache.attend(q, is_causal=True)
+    >>> cache.append(k[:, :, :1], v[:, :, :1])  # one more token
+    >>> cache.attend(q[:, :, :1]).shape, int(cache.lengths[0])
+    ((1, 4, 1, 8), 6)
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        v_dim: int | None = None,
+        *,
+        dtype: Any = "float32",
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        batch = _size("batch", batch, 0)
+        num_kv_heads, capacity = _size("num_kv_heads", num_kv_heads), _size("capacity", capacity)
+        head_dim = _size("head_dim", head_dim)
+        v_dim = head_dim if v_dim is None else _size("v_dim", v_dim)
+        window = None if window is None else _size("window", window, 0)
+        if page_size is None and window is not None:
+            page_size = WINDOW_PAGE
+        if page_size is None:
+            if num_pages is not None:
+                raise ValueError(f"num_pages is {num_pages}, but there is no page_size")
+            self._page_size, pages = capacity, batch
+        else:
+            self._page_size = _size("page_size", page_size)
+            at_once = capacity if window is None else min(capacity, window + max(window, 512))
+            spare = 0 if window is None else 1  # the window may begin anywhere in a page
+            blocks = min(-(-at_once // self._page_size) + spare, -(-capacity // self._page_size))
+            pages = batch * blocks
+            if num_pages is not None:
+                pages = _size("num_pages", num_pages, 0)
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        if name not in _STORED:
+            raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(_STORED)}")
+        shape = (pages, num_kv_heads, self._page_size)
+        self._keys = np.zeros((*shape, head_dim), _STORED[name])
+        self._values = np.zeros((*shape, v_dim), _STORED[name])
+        self._key_scales = np.zeros(shape, np.float32) if name == "int8" else None
+        self._value_scales = np.zeros(shape, np.float32) if name == "int8" else None
+        self._code = _CODES[name]
+        self._set_up(batch, capacity, page_size is None, window)
+
+    _keys: Array
+    _values: Array
+    _key_scales: Array | None
+    _value_scales: Array | None
+
+    def _set_up(self, batch: int, capacity: int, fixed: bool, window: int | None) -> None:
+        """Begin with empty sequences; fixed: sequence i has page i, for good."""
+        self._capacity, self._fixed, self._window = capacity, fixed, window
+        self._lengths = np.zeros(batch, np.int64)
+        blocks = -(-capacity // self._page_size)
+        self._table = np.full((batch, blocks), -1, np.int64)
+        self._uses = np.zeros(len(self._keys), np.int64)  # sequences that have a page
+        self._free = list(range(len(self._keys)))[::-1]
+        if fixed:
+            self._table[:, 0] = np.arange(batch)
+            self._uses[:] = 1
+            self._free = []
+
+    @classmethod
+    def from_arrays(
+        cls,
+        key: Any,
+        value: Any,
+        lengths: Ints = 0,
+        *,
+        key_scales: Any = None,
+        value_scales: Any = None,
+    ) -> KVCache:
+        """Return a cache whose storage is the given arrays themselves.
+
+        Parameters
+        ----------
+        key : array, shape (batch, Hkv, capacity, D)
+            Of any dtype that a cache can have (uint16 is bfloat16), any strides; not copied.
+        value : array, shape (batch, Hkv, capacity, Dv)
+            Of key's dtype.
+        lengths : int or ints, shape broadcastable to (batch,)
+            Tokens that the arrays already hold.
+        key_scales, value_scales : array of float32, shape (batch, Hkv, capacity)
+            With int8 arrays, and only with them.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> own = np.zeros((2, 1, 3, 50, 8), np.float32)  # keys and values of 3 heads, 50 tokens
+        >>> cache = qkv_fast.KVCache.from_arrays(*own)
+        >>> cache.append(np.ones((1, 3, 2, 8), "f4"), np.ones((1, 3, 2, 8), "f4"))
+        >>> own[0, 0, 0, :3, 0]
+        array([1., 1., 0.], dtype=float32)
+        """
+        key, value = as_array("key", key), as_array("value", value)
+        if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3] or not key.size:
+            raise ValueError(
+                f"key has shape {key.shape} and value {value.shape}: they must be "
+                "(batch, Hkv, capacity, D) and (batch, Hkv, capacity, Dv), none of them 0"
+            )
+        code = _code(key)
+        if code != _code(value) or code < 0 or code & SWAPPED:
+            raise TypeError(
+                f"key has dtype {key.dtype} and value {value.dtype}: both must be the same one of "
+                f"{', '.join(_STORED)} in native byte order"
+            )
+        scales = []
+        for name, given in (("key_scales", key_scales), ("value_scales", value_scales)):
+            array = None if given is None else as_array(name, given)
+            if (array is None) == (code == INT8) or (
+                array is not None and (array.shape != key.shape[:3] or array.dtype != np.float32)
+            ):
+                raise ValueError(
+                    f"{name} must be float32 of shape {key.shape[:3]} with int8 arrays, and None "
+                    "otherwise"
+                )
+            scales.append(array)
+        cache = cls.__new__(cls)
+        cache._keys, cache._values = key, value
+        cache._key_scales, cache._value_scales = scales
+        cache._code, cache._page_size = code, key.shape[2]
+        cache._set_up(key.shape[0], key.shape[2], True, None)
+        cache.extend(lengths)
+        return cache
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each sequence: int64, (batch,); a copy."""
+        return self._lengths.copy()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence can have."""
+        return self._capacity
+
+    @property
+    def page_size(self) -> int | None:
+        """Tokens of a page; None where storage is in one piece per sequence."""
+        return None if self._fixed else self._page_size
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool, taken and free."""
+        return len(self._uses)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has."""
+        return len(self._free)
+
+    @property
+    def key_pages(self) -> Array:
+        """The storage: (pages, Hkv, page_size, D); in one piece, (batch, Hkv, capacity, D)."""
+        return self._keys
+
+    @property
+    def value_pages(self) -> Array:
+        """The storage of the values, as `key_pages`."""
+        return self._values
+
+    @property
+    def key_scales(self) -> Array | None:
+        """The factors of int8 keys, (pages, Hkv, page_size); None for other dtypes."""
+        return self._key_scales
+
+    @property
+    def value_scales(self) -> Array | None:
+        """The factors of int8 values."""
+        return self._value_scales
+
+    @property
+    def block_table(self) -> Array:
+        """The pages of each sequence, (batch, blocks), -1 where it has none; a copy."""
+        return self._table.copy()
+
+    def append(
+        self, key: Any, value: Any, *, sequences: Any = None, counts: Ints | None = None
+    ) -> None:
+        """Write new tokens behind those that are there.
+
+        Parameters
+        ----------
+        key : array, shape (batch, Hkv, n, D)
+            float32, float64, float16 or bfloat16; rounded to the cache's dtype.
+        value : array, shape (batch, Hkv, n, Dv)
+        sequences : ints, optional
+            The sequences that the first axis stands for; all by default, in order.
+        counts : int or ints, optional
+            New tokens of each, at most n: the first ones on axis -2.
+
+        Raises
+        ------
+        ValueError
+            Shapes that don't fit, a sequence that would exceed the capacity, NaN or infinity for
+            int8, storage that is read-only.
+        MemoryError
+            Too few free pages.
+        """
+        chosen = self._chosen(sequences)
+        key, value = as_array("key", key), as_array("value", value)
+        new = key.shape[2] if key.ndim == 4 else 0
+        for name, array, pages in (("key", key, self._keys), ("value", value, self._values)):
+            expected = (len(chosen), pages.shape[1], new, pages.shape[3])
+            if array.shape != expected:
+                raise ValueError(
+                    f"{name} has shape {array.shape}: it must be {expected}, "
+                    "(sequences, Hkv, new tokens, head size)"
+                )
+            if not pages.flags.writeable:
+                raise ValueError(f"the cache's {name} array is read-only")
+        number = np.full(len(chosen), new) if counts is None else _ints("counts", counts, chosen)
+        if number.size and (number.min() < 0 or number.max() > new):
+            raise ValueError(f"counts holds {number.tolist()}: each must be from 0 to {new}")
+        given = np.arange(new) < number[:, np.newaxis]  # (sequences, new)
+        rows = [x.swapaxes(1, 2)[given] for x in (key, value)]  # (tokens, Hkv, D)
+        stored = [self._stored(name, x) for name, x in zip(("key", "value"), rows, strict=True)]
+        position = (self._lengths[chosen, np.newaxis] + np.arange(new))[given]
+        self._grow(chosen, number)
+        owner = np.broadcast_to(chosen[:, np.newaxis], given.shape)[given]
+        page = self._table[owner, position // self._page_size]
+        slot = position % self._page_size
+        for pages, scales, (array, factors) in zip(
+            (self._keys, self._values), (self._key_scales, self._value_scales), stored, strict=True
+        ):
+            pages[page, :, slot] = array
+            if scales is not None:
+                scales[page, :, slot] = factors
+
+    def attend(
+        self,
+        query: Any,
+        attn_mask: Any = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        *,
+        sequences: Any = None,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        out: Array | None = None,
+        return_lse: bool = False,
+        num_threads: int | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """Compute attention of the last tokens over all that are cached.
+
+        It is `scaled_dot_product_attention` with ``key_lengths`` = `lengths` and ``query_offset``
+        = `lengths` - Lq, so that with is_causal the last query sees all keys, the one before it all
+        but one, and so on. Pass is_causal=True when several tokens of a decoder come at once.
+
+        Parameters
+        ----------
+        query : array, shape (batch, Hq, Lq, D)
+            float32, float64, float16 or bfloat16, whatever the cache's dtype is. Hq may be any
+            multiple of Hkv.
+        attn_mask : array, broadcastable to (batch, Hq, Lq, max(lengths)), optional
+            Boolean: True where the query may attend to the key. Floating: added to the scores.
+        is_causal, scale, window, softcap, alibi_slopes, sinks, out, return_lse, num_threads
+            As in `scaled_dot_product_attention`. A cache's own window bounds `window`.
+        sequences : ints, optional
+            The sequences that query's first axis stands for; all by default, in order.
+
+        Returns
+        -------
+        result : ndarray, shape (batch, Hq, Lq, Dv)
+            Of query's dtype.
+        lse : ndarray, shape (batch, Hq, Lq)
+            With `return_lse`.
+        """
+        chosen = self._chosen(sequences)
+        lengths = self._lengths[chosen]
+        query = as_array("query", query)
+        if self._window is not None:
+            left, right = (None, None) if window is None else window
+            left = self._window if left is None else min(left, self._window)
+            window = (left, right)
+            q_len = query.shape[2] if query.ndim == 4 else 0
+            self._check_kept(chosen, lengths - q_len, lengths, f"query has {q_len} tokens")
+        return paged_attention(
+            query, self._keys, self._values, self._table[chosen], lengths, attn_mask, is_causal,
+            scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            key_scales=self._key_scales, value_scales=self._value_scales, out=out,
+            return_lse=return_lse, num_threads=num_threads, dtype="bfloat16",
+        )  # fmt: skip
+
+    def extend(self, counts: Ints, *, sequences: Any = None) -> None:
+        """Lengthen sequences by tokens that the caller writes into the storage by himself.
+
+        Parameters
+        ----------
+        counts : int or ints
+            New tokens of each sequence; `views` then shows where they are.
+        sequences : ints, optional
+            All by default.
+        """
+        chosen = self._chosen(sequences)
+        number = _ints("counts", counts, chosen)
+        if number.size and number.min() < 0:
+            raise ValueError(f"counts holds {number.tolist()}: each must be at least 0")
+        self._grow(chosen, number)
+
+    def views(self, sequence: int, start: int = 0, stop: int | None = None) -> list[Any]:
+        """Return a sequence's storage, to read or to write: no copies.
+
+        Parameters
+        ----------
+        sequence : int
+        start, stop : int
+            Tokens; to the end by default. Those that a window has given back are left out.
+
+        Returns
+        -------
+        list of pairs of ndarray
+            Keys (Hkv, n, D) and values (Hkv, n, Dv) of successive tokens: one pair, or one for
+            each page. What is written to a page that another sequence shares is seen by both.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 2, 10, 4, page_size=4)
+        >>> cache.extend(6)
+        >>> [keys.shape for keys, values in cache.views(0)]
+        [(2, 4, 4), (2, 2, 4)]
+        """
+        row = self._chosen([sequence])[0]
+        length = int(self._lengths[row])
+        stop = length if stop is None else min(_size("stop", stop, 0), length)
+        start = _size("start", start, 0)
+        pairs: list[Any] = []
+        while start < stop:
+            page, slot = self._table[row, start // self._page_size], start % self._page_size
+            count = min(self._page_size - slot, stop - start)
+            if page >= 0:
+                some = (page, slice(None), slice(slot, slot + count))
+                pairs.append((self._keys[some], self._values[some]))
+            start += count
+        return pairs
+
+    def truncate(self, lengths: Ints, *, sequences: Any = None) -> None:
+        """Drop the last tokens, as when speculated ones are rejected.
+
+        Parameters
+        ----------
+        lengths : int or ints
+            Tokens to keep, at most those that each sequence has.
+        sequences : ints, optional
+            All by default.
+        """
+        chosen = self._chosen(sequences)
+        kept = _ints("lengths", lengths, chosen)
+        have = self._lengths[chosen]
+        if ((kept < 0) | (kept > have)).any():
+            raise ValueError(
+                f"lengths holds {kept.tolist()}: each must be from 0 to what the sequence has, "
+                f"{have.tolist()}"
+            )
+        self._check_kept(chosen, kept, kept, "lengths are too small")
+        for sequence, length in zip(chosen, kept, strict=True):
+            self._give_back(sequence, -(-int(length) // self._page_size), self._table.shape[1])
+        self._lengths[chosen] = kept
+
+    def reset(self, *, sequences: Any = None) -> None:
+        """Drop all tokens of the sequences, of all by default."""
+        chosen = self._chosen(sequences)
+        for sequence in chosen:
+            self._give_back(sequence, 0, self._table.shape[1])
+        self._lengths[chosen] = 0
+
+    def reorder(self, indices: Any) -> None:
+        """Let sequence i become what sequence indices[i] was, as after a step of beam search.
+
+        Parameters
+        ----------
+        indices : ints, shape (batch,)
+            Any of the sequences, some perhaps several times. Pages are shared, not copied.
+        """
+        index = self._chosen(indices, "indices", repeats=True)
+        if index.shape != self._lengths.shape:
+            raise ValueError(f"indices has length {len(index)}: it must be {len(self._lengths)}")
+        if self._fixed:
+            self._copy(index, np.arange(len(index)), int(self._lengths.max(initial=0)))
+        else:
+            self._table = self._table[index]
+            self._count_uses()
+        self._lengths = self._lengths[index]
+
+    def fork(self, source: int, target: int, length: int | None = None) -> None:
+        """Let sequence `target` begin with the tokens of `source`, dropping its own.
+
+        Parameters
+        ----------
+        source, target : int
+            Sequences.
+        length : int, optional
+            Tokens of the common prefix; all by default. Its pages are shared, and copied only
+            when one of the two appends to them.
+        """
+        one, other = self._chosen([source]), self._chosen([target])
+        have = int(self._lengths[one[0]])
+        kept = have if length is None else _size("length", length, 0)
+        if kept > have:
+            raise ValueError(f"length is {kept}, but sequence {one[0]} has {have} tokens")
+        self._check_kept(one, np.array([kept]), np.array([kept]), "length is too small")
+        if one[0] == other[0]:
+            self.truncate(kept, sequences=one)
+            return
+        if self._fixed:
+            self._copy(one, other, kept)
+        else:
+            row = self._table[one[0]].copy()
+            row[-(-kept // self._page_size) :] = -1
+            self._table[other[0]] = row
+            self._count_uses()
+        self._lengths[other] = kept
+
+    def _chosen(self, sequences: Any, name: str = "sequences", repeats: bool = False) -> Array:
+        batch = len(self._lengths)
+        if sequences is None:
+            return np.arange(batch)
+        index = np.asarray(sequences)
+        if index.ndim == 0:
+            index = index[np.newaxis]
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise TypeError(f"{name} is {sequences!r}: it must be ints")
+        index = index.astype(np.int64)
+        if index.size and (index.min() < 0 or index.max() >= batch):
+            raise ValueError(f"{name} holds {index.tolist()}: each must be from 0 to {batch - 1}")
+        if not repeats and len(np.unique(index)) < len(index):
+            raise ValueError(f"{name} holds {index.tolist()}: none may come twice")
+        return index
+
+    def _stored(self, name: str, rows: Array) -> tuple[Array, Array | None]:
+        """Round (tokens, Hkv, D) to the cache's dtype; for int8 also return the scales."""
+        code = _code(rows)
+        if code < 0 or code == INT8:
+            raise TypeError(
+                f"{name} has dtype {rows.dtype}: it must be float32, float64, float16 or bfloat16"
+            )
+        if code == self._code and code == BFLOAT16:
+            return rows.view(np.uint16), None
+        with np.errstate(over="ignore", under="ignore"):
+            real = reals(rows, code)
+            if self._code == BFLOAT16:
+                return bfloat16_bits(real), None
+            if self._code != INT8:
+                return real.astype(self._keys.dtype), None
+            real = real.astype(np.float32)
+        if not np.isfinite(real).all():
+            raise ValueError(f"{name} holds NaN or infinity, which int8 storage can't")
+        return quantize(real)
+
+    def _grow(self, chosen: Array, counts: Array) -> None:
+        """Take the pages for so many more tokens, and count them; or raise and change nothing."""
+        before = self._lengths[chosen]
+        after = before + counts
+        if (after > self._capacity).any():
+            i = int(np.argmax(after))
+            raise ValueError(
+                f"sequence {chosen[i]} has {before[i]} tokens, and {counts[i]} more exceed the "
+                f"cache's capacity of {self._capacity}"
+            )
+        if not self._fixed:
+            self._take_pages(chosen, before, after)
+        self._lengths[chosen] = after
+
+    def _take_pages(self, chosen: Array, before: Array, after: Array) -> None:
+        size = self._page_size
+        growing = after > before
+        uses = self._uses.copy()
+        passed: list[tuple[int, int]] = []  # blocks that the window has left behind
+        if self._window is not None:
+            for sequence, length in zip(chosen[growing], before[growing], strict=True):
+                first = max(0, int(length) - self._window) // size
+                blocks = np.flatnonzero(self._table[sequence, :first] >= 0)
+                passed += [(sequence, int(block)) for block in blocks]
+                np.subtract.at(uses, self._table[sequence, blocks], 1)
+        spare = len(self._free) + int(((uses == 0) & (self._uses > 0)).sum())
+        shared: list[tuple[int, int, int]] = []  # begun pages that others have too
+        wanted = int((-(-after // size) - -(-before // size)).sum())
+        for sequence, length in zip(chosen[growing], before[growing], strict=True):
+            page = self._table[sequence, length // size] if length % size else -1
+            if page >= 0 and uses[page] > 1:
+                uses[page] -= 1
+                shared.append((sequence, int(length // size), int(length % size)))
+        if wanted + len(shared) > spare:
+            raise MemoryError(
+                f"{wanted + len(shared)} pages are needed, but {spare} of {len(uses)} are free"
+            )
+        for sequence, block in passed:
+            self._give_back(sequence, block, block + 1)
+        for sequence, block, count in shared:
+            old, new = self._table[sequence, block], self._free.pop()
+            for array in (self._keys, self._values, self._key_scales, self._value_scales):
+                if array is not None:
+                    array[new, :, :count] = array[old, :, :count]
+            self._uses[old] -= 1
+            self._uses[new] = 1
+            self._table[sequence, block] = new
+        for sequence, old, new in zip(chosen, -(-before // size), -(-after // size), strict=True):
+            for block in range(old, new):
+                page = self._free.pop()
+                self._uses[page] = 1
+                self._table[sequence, block] = page
+
+    def _give_back(self, sequence: int, start: int, stop: int) -> None:
+        """Let go of the pages of a sequence's blocks; those that nobody else has become free."""
+        if self._fixed:
+            return
+        row = self._table[sequence, start:stop]
+        pages = row[row >= 0]
+        self._uses[pages] -= 1
+        self._free += [int(page) for page in pages if self._uses[page] == 0]
+        row[:] = -1
+
+    def _count_uses(self) -> None:
+        """Bring uses and free pages up to date after the table was changed."""
+        taken = self._table[self._table >= 0]
+        before = self._uses
+        self._uses = np.bincount(taken, minlength=len(before))
+        self._free += np.flatnonzero((before > 0) & (self._uses == 0)).tolist()
+
+    def _copy(self, sources: Array, targets: Array, length: int) -> None:
+        """Copy tokens between sequences in one piece, as if all at once."""
+        moved = sources != targets
+        for array in (self._keys, self._values, self._key_scales, self._value_scales):
+            if array is not None and moved.any():
+                array[targets[moved], :, :length] = array[sources[moved], :, :length]
+
+    def _check_kept(self, chosen: Array, positions: Array, lengths: Array, why: str) -> None:
+        """Raise when queries from these positions on would see keys that were given back."""
+        if self._window is None:
+            return
+        first = np.maximum(0, positions - self._window) // self._page_size
+        for sequence, block, length in zip(chosen, first, lengths, strict=True):
+            if (self._table[sequence, block : -(-length // self._page_size)] < 0).any():
+                raise ValueError(
+                    f"{why}: keys of sequence {sequence} that their window of {self._window} "
+                    "would see have been given back"
+                )
+
+
+def quantize(rows: Array) -> tuple[Array, Array]:
+    """Return finite float32 rows (..., D) as int8, and the scales (...) that they are to be given.
+
+    A scale is the row's largest magnitude over 127, so that an element is off by half of it.
+    """
+    scales = np.abs(rows).max(axis=-1, initial=0) / np.float32(127)
+    safe = np.where(scales == 0, 1, scales)[..., np.newaxis]
+    return np.clip(np.rint(rows / safe), -127, 127).astype(np.int8), scales
+
+
+def _code(array: Array) -> int:
+    """Return the code of an element type, int8 and bfloat16 as uint16 among them, or -1."""
+    return INT8 if array.dtype == np.int8 else code_of(array.dtype, raw=True)
+
+
+def _size(name: str, given: Any, least: int = 1) -> int:
+    if isinstance(given, bool):
+        raise TypeError(f"{name} must be an int, not bool")
+    try:
+        size = operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(given).__name__}") from None
+    if size < least:
+        raise ValueError(f"{name} is {size}: it must be at least {least}")
+    return size
+
+
+def _ints(name: str, given: Any, chosen: Array) -> Array:
+    """Return int64, one for each of the chosen sequences."""
+    array = np.asarray(given)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} is {given!r}: it must be an int, or ints for each sequence")
+    try:
+        return np.broadcast_to(array, chosen.shape).astype(np.int64)
+    except ValueError:
+        raise ValueError(
+            f"{name} has shape {array.shape}: one for each of {len(chosen)} sequences is needed"
+        ) from None

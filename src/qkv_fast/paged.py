@@ -1,0 +1,119 @@
+"""Attention over keys and values that lie in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._problem import normalize_paged
+from .attention import solve
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+def paged_attention(
+    query: Any,
+    key_pages: Any,
+    value_pages: Any,
+    block_table: Any,
+    key_lengths: int | Sequence[int] | Array,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    *,
+    query_offset: int | Sequence[int] | Array | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    key_scales: Any = None,
+    value_scales: Any = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    num_threads: int | None = None,
+    dtype: Any = None,
+) -> Array | tuple[Array, Array]:
+    r"""Compute attention where each sequence's keys and values are spread over pages.
+
+    Parameters
+    ----------
+    query : array, shape (batch, Hq, Lq, D)
+        float32, float64, float16 or bfloat16.
+    key_pages : array, shape (pages, Hkv, page_size, D)
+        Any of these dtypes, whatever query's is, or int8. With any strides: for storage of shape
+        (pages, page_size, Hkv, D) pass ``storage.swapaxes(1, 2)``.
+    value_pages : array, shape (pages, Hkv, page_size, Dv)
+        Likewise.
+    block_table : array of int, shape (batch, blocks)
+        Key j of sequence i is row ``j % page_size`` of page ``block_table[i, j // page_size]``.
+        Sequences may share pages. Numbers of pages that no query can see are not looked at.
+    key_lengths : int or ints, shape broadcastable to (batch,)
+        Keys of each sequence, 0 to blocks * page_size.
+    attn_mask : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
+        Boolean: True where the query may attend to the key. Floating: added to the scores.
+    is_causal : bool
+        A query attends to the keys up to its own position only.
+    scale : float, optional
+        Factor of the scores; 1/√D by default.
+    enable_gqa : bool
+        Allow Hq to be a multiple of Hkv, as it is by default here.
+    query_offset : int or ints, shape broadcastable to (batch,), optional
+        Position of a sequence's first query, where its first key is at 0. By default
+        ``key_lengths - Lq``: the queries are its last tokens.
+    window, softcap, alibi_slopes, sinks
+        As in `scaled_dot_product_attention`.
+    key_scales, value_scales : array of float32, shape (pages, Hkv, page_size)
+        With int8 pages, and only with them: an int8 row stands for itself times its scale.
+    out : ndarray, shape (batch, Hq, Lq, Dv), optional
+        Where the result goes. It may be `query` itself or overlap any input.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+    num_threads : int, optional
+        Threads of this call; see `get_num_threads` for the default.
+    dtype : "bfloat16", optional
+        Take uint16 arrays as the bit patterns of bfloat16, and return such an array if query is
+        one.
+
+    Returns
+    -------
+    result : ndarray, shape (batch, Hq, Lq, Dv)
+        `out`, or a new array of query's dtype in native byte order.
+    lse : ndarray, shape (batch, Hq, Lq)
+        With `return_lse`: natural log-sum-exp; float32, or float64 where any input is.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is none of these, or an argument of the wrong kind.
+    ValueError
+        Shapes, lengths or pages that don't fit, an argument out of range, a read-only `out`.
+        Nothing is written then.
+
+    Notes
+    -----
+    Sums are in float32, in float64 where any input is. A sequence's result depends on its own
+    tokens and the page size, not on which pages they are in. Pages are those of Kwon et
+    al., *Efficient Memory Management for Large Language Model Serving with PagedAttention* (2023).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> key, value = rng.standard_normal((2, 5, 2, 4, 8))  # 5 pages, 2 heads, 4 tokens, head size 8
+    >>> query = rng.standard_normal((2, 6, 1, 8))  # 2 sequences, 6 query heads, 1 new token
+    >>> out = qkv_fast.paged_attention(query, key, value, [[3, 0], [4, -1]], [7, 2])
+    >>> keys, values = (x[[3, 0]].swapaxes(0, 1).reshape(2, 8, 8)[:, :7] for x in (key, value))
+    >>> dense = qkv_fast.scaled_dot_product_attention(query[0], keys, values, enable_gqa=True)
+    >>> bool(np.allclose(out[0], dense))
+    True
+    """
+    return solve(
+        normalize_paged(query, key_pages, value_pages, block_table, key_lengths, attn_mask,
+                        is_causal, scale, enable_gqa, query_offset, window, softcap, alibi_slopes,
+                        sinks, key_scales, value_scales, out, return_lse, num_threads, dtype)
+    )  # fmt: skip

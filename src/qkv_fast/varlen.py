@@ -1,0 +1,117 @@
+"""Attention over packed sequences of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._problem import normalize_varlen
+from .attention import solve
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Sequence[int] | Array,
+    cu_seqlens_k: Sequence[int] | Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    *,
+    query_offset: int | Sequence[int] | Array | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    key_lengths: int | Sequence[int] | Array | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    num_threads: int | None = None,
+    dtype: Any = None,
+) -> Array | tuple[Array, Array]:
+    r"""Compute attention within each of several sequences that are packed one after another.
+
+    No padding is stored or computed, however much the lengths differ.
+
+    Parameters
+    ----------
+    query : array, shape (total_q, Hq, D)
+        The tokens of all sequences, in float32, float64, float16 or bfloat16.
+    key : array, shape (total_k, Hkv, D)
+        Of query's dtype.
+    value : array, shape (total_k, Hkv, Dv)
+        Of query's dtype.
+    cu_seqlens_q : ints, shape (sequences + 1,)
+        Where each sequence begins on query's first axis, and the total: sequence i is
+        ``query[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``.
+    cu_seqlens_k : ints, shape (sequences + 1,), optional
+        Likewise for key and value; `cu_seqlens_q` by default.
+    is_causal : bool
+        A query attends to the keys up to its own position only.
+    scale : float, optional
+        Factor of the scores; 1/√D by default.
+    enable_gqa : bool
+        Allow Hq to be a multiple of Hkv, as it is by default here.
+    query_offset : int or ints, shape broadcastable to (sequences,), optional
+        Position of a sequence's first query, where its first key is at 0. By default its keys less
+        its queries, so that the last query and the last key are at the same position
+        (bottom-right, as in flash-attn). In `scaled_dot_product_attention` the default is 0
+        (top-left, as in torch).
+    window, softcap, sinks
+        As in `scaled_dot_product_attention`.
+    alibi_slopes : array, shape broadcastable to (sequences, Hq), optional
+        ``-slope * abs(position - j)`` is added to the scores.
+    key_lengths : int or ints, shape broadcastable to (sequences,), optional
+        Keys of a sequence from there on are never read.
+    out : ndarray, shape (total_q, Hq, Dv), optional
+        Where the result goes. It may be `query` itself or overlap any input.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+    num_threads : int, optional
+        Threads of this call; see `get_num_threads` for the default.
+    dtype : "bfloat16", optional
+        Take uint16 arrays as the bit patterns of bfloat16, and return such an array.
+
+    Returns
+    -------
+    result : ndarray, shape (total_q, Hq, Dv)
+        `out`, or a new array of query's dtype in native byte order.
+    lse : ndarray, shape (total_q, Hq)
+        With `return_lse`: natural log-sum-exp; float32, or float64 for float64.
+
+    Raises
+    ------
+    TypeError
+        Dtypes that differ or are none of the four, or an argument of the wrong kind.
+    ValueError
+        Shapes or lengths that don't fit, an argument out of range, a read-only `out`. Nothing is
+        written then.
+
+    Notes
+    -----
+    A sequence's result is to the bit what it is alone, whatever it is packed with. The maths
+    is that of `scaled_dot_product_attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 10, 4, 8))  # 10 tokens, 4 heads
+    >>> packed = qkv_fast.varlen_attention(q, k, v, [0, 7, 10], is_causal=True)
+    >>> heads_first = (x[7:].swapaxes(0, 1) for x in (q, k, v))
+    >>> alone = qkv_fast.scaled_dot_product_attention(*heads_first, is_causal=True)
+    >>> bool((packed[7:].swapaxes(0, 1) == alone).all())
+    True
+    """
+    return solve(
+        normalize_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale,
+                         enable_gqa, query_offset, window, softcap, alibi_slopes, sinks,
+                         key_lengths, out, return_lse, num_threads, dtype)
+    )  # fmt: skip
