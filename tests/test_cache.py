@@ -1,0 +1,429 @@
+"""KVCache against a plain model of it: a list of rows for each sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from helpers import normal
+
+import qkv_fast
+from qkv_fast import KVCache
+from qkv_fast import scaled_dot_product_attention as sdpa
+from qkv_fast.cache import quantize
+
+STORED = {"float32": np.float32, "float64": np.float64, "float16": np.float16,
+          "bfloat16": ml_dtypes.bfloat16}  # fmt: skip
+HKV, GROUP, D, DV = 2, 3, 12, 9
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Return (Hkv, n, D) as the cache stores it, in float64."""
+    if dtype == "int8":
+        rows, scales = quantize(x.astype(np.float32))
+        return rows * scales[..., None].astype(float)
+    return x.astype(STORED[dtype]).astype(float)
+
+
+class Model:
+    """What a cache means: for each sequence its keys and values, (Hkv, n, ·) in float64."""
+
+    def __init__(self, batch: int, dtype: str) -> None:
+        self.dtype = dtype
+        self.rows = [(np.zeros((HKV, 0, D)), np.zeros((HKV, 0, DV))) for _ in range(batch)]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [k.shape[1] for k, _ in self.rows]
+
+    def append(self, i: int, k: np.ndarray, v: np.ndarray) -> None:
+        new = (rounded(x, self.dtype) for x in (k, v))
+        self.rows[i] = tuple(
+            np.concatenate([old, x], 1) for old, x in zip(self.rows[i], new, strict=True)
+        )
+
+    def truncate(self, i: int, n: int) -> None:
+        self.rows[i] = tuple(x[:, :n] for x in self.rows[i])
+
+    def attend(self, i: int, q: np.ndarray, **options: Any) -> np.ndarray:
+        k, v = self.rows[i]
+        return oracle.attention(q, k, v, query_offset=k.shape[1] - q.shape[1], **options)[0]
+
+
+def check_pages(cache: KVCache) -> None:
+    """No page is lost or held by nobody; who shares one agrees on its number of users."""
+    table = cache.block_table
+    taken = np.unique(table[table >= 0])
+    assert len(taken) + cache.free_pages == cache.num_pages
+    assert not set(taken) & set(cache._free)
+    assert len(set(cache._free)) == cache.free_pages
+    counts = np.bincount(table[table >= 0], minlength=cache.num_pages)
+    np.testing.assert_array_equal(counts, cache._uses)
+
+
+SOAKS = [("float32", None, None), ("float32", 1, None), ("float32", 16, None), ("float64", 5, None),
+         ("float16", 8, None), ("bfloat16", 16, None), ("bfloat16", None, None), ("int8", None, None),
+         ("int8", 7, None), ("float32", 4, 10)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "page_size", "window"), SOAKS)
+def test_soak(dtype, page_size, window):
+    """1000 random steps each, 10,000 in all, on the engine that the environment chooses."""
+    rng = np.random.default_rng(7)
+    batch, capacity = 4, 90
+    pages = None if page_size is None else 3 * capacity // page_size
+    cache = KVCache(batch, HKV, capacity, D, DV, dtype=dtype, page_size=page_size,
+                    num_pages=pages, window=window)  # fmt: skip
+    model = Model(batch, dtype)
+    kept = [0] * batch  # where a window's appends began: an earlier position can't be gone back to
+    refused = 0
+    for _ in range(1000):
+        step = rng.choice(["append", "append", "attend", "attend", "truncate", "fork", "reorder",
+                           "reset"], p=[0.3, 0.15, 0.2, 0.1, 0.1, 0.08, 0.06, 0.01])  # fmt: skip
+        if step == "append":
+            some = rng.permutation(batch)[: rng.integers(1, batch + 1)]
+            counts = rng.integers(0, rng.choice([2, 20]), len(some))
+            new = max(1, counts.max(initial=0))
+            k = rng.standard_normal((len(some), HKV, new, D))
+            v = rng.standard_normal((len(some), HKV, new, DV))
+            before = cache.lengths, cache.block_table, cache.free_pages
+            try:
+                cache.append(k, v, sequences=some, counts=counts)
+            except (ValueError, MemoryError) as error:
+                refused += 1
+                too_long = (before[0][some] + counts > capacity).any()
+                assert isinstance(error, ValueError if too_long else MemoryError)
+                for now, then in zip((cache.lengths, cache.block_table, cache.free_pages), before,
+                                     strict=True):  # fmt: skip
+                    np.testing.assert_array_equal(now, then)
+                cache.reset(sequences=[some[0]])
+                model.truncate(some[0], 0)
+                kept[some[0]] = 0
+                continue
+            for j, i in enumerate(some):
+                if counts[j]:
+                    kept[i] = model.lengths[i]
+                model.append(i, k[j, :, : counts[j]], v[j, :, : counts[j]])
+        elif step == "truncate":
+            i = int(rng.integers(batch))
+            low = 0 if window is None else kept[i]
+            n = int(rng.integers(low, model.lengths[i] + 1)) if model.lengths[i] >= low else low
+            cache.truncate(n, sequences=i)
+            model.truncate(i, n)
+        elif step == "fork":
+            i, j = rng.integers(batch, size=2)
+            low = 0 if window is None else kept[i]
+            n = int(rng.integers(low, model.lengths[i] + 1))
+            cache.fork(i, j, n)
+            model.rows[j] = model.rows[i]
+            model.truncate(j, n)
+            kept[j] = kept[i]
+        elif step == "reorder":
+            index = rng.integers(batch, size=batch)
+            cache.reorder(index)
+            model.rows = [model.rows[i] for i in index]
+            kept = [kept[i] for i in index]
+        elif step == "reset":
+            cache.reset()
+            model = Model(batch, dtype)
+            kept = [0] * batch
+        else:
+            some = rng.permutation(batch)[: rng.integers(1, batch + 1)]
+            most = 6
+            if window is not None:
+                most = min(model.lengths[i] - kept[i] for i in some)
+                if most < 1:
+                    continue
+            q_len = int(rng.integers(1, min(6, most) + 1))
+            q = normal(rng, (len(some), HKV * GROUP, q_len, D))
+            options: dict[str, Any] = {"is_causal": bool(rng.integers(2))}
+            out = cache.attend(q, sequences=some, **options)
+            if window is not None:
+                options["window"] = (window, None)
+            for j, i in enumerate(some):
+                np.testing.assert_allclose(
+                    out[j], model.attend(i, q[j].astype(float), **options), rtol=1e-5, atol=2e-6
+                )
+        assert cache.lengths.tolist() == model.lengths
+        if page_size is not None:
+            check_pages(cache)
+    assert refused > 0
+    cache.reset()
+    if page_size is not None:
+        assert cache.free_pages == cache.num_pages
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("dtype", [*STORED, "int8"])
+def test_prefill_and_decode(engine, rng, dtype, page_size):
+    cache = KVCache(2, HKV, 60, D, DV, dtype=dtype, page_size=page_size)
+    model = Model(2, dtype)
+    for new in (33, 1, 1, 5):
+        k, v = normal(rng, (2, HKV, new, D)), normal(rng, (2, HKV, new, DV))
+        q = normal(rng, (2, HKV * GROUP, new, D))
+        assert cache.append(k, v) is None
+        out, lse = cache.attend(q, is_causal=True, return_lse=True)
+        assert out.dtype == np.float32
+        for i in range(2):
+            model.append(i, k[i], v[i])
+            exact = model.attend(i, q[i].astype(float), is_causal=True)
+            np.testing.assert_allclose(out[i], exact, rtol=1e-5, atol=2e-6)
+        assert lse.shape == out.shape[:-1]
+    assert cache.lengths.tolist() == [40, 40]
+
+
+def test_attend_is_the_op_with_lengths_and_offsets(engine, rng):
+    cache = KVCache(3, HKV, 30, D)
+    k, v = (normal(rng, (3, HKV, 20, D)) for _ in range(2))
+    cache.append(k, v, counts=[20, 4, 11])
+    q = normal(rng, (3, HKV * GROUP, 3, D))
+    options: dict[str, Any] = {"softcap": 3.0, "alibi_slopes": 0.1, "sinks": np.linspace(-1, 1, 6),
+                               "window": (8, 1), "scale": 0.4}  # fmt: skip
+    for causal in (False, True):
+        np.testing.assert_allclose(
+            cache.attend(q, is_causal=causal, **options),
+            sdpa(q, k, v, is_causal=causal, enable_gqa=True, key_lengths=[20, 4, 11],
+                 query_offset=[17, 1, 8], **options), rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
+    mask = rng.random((3, 1, 3, 20)) > 0.3
+    np.testing.assert_allclose(
+        cache.attend(q, mask),
+        sdpa(q, k, v, mask, enable_gqa=True, key_lengths=[20, 4, 11]), rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+
+
+def test_the_error_of_int8_is_as_stated(engine, rng):
+    """An element is off by at most 1/254 of its row's largest magnitude, a result hardly more."""
+    k, v = normal(rng, (1, HKV, 200, 64)), normal(rng, (1, HKV, 200, 64))
+    k[0, 0, 5] = 0
+    k[0, 1, 6] *= 1e30
+    k[0, 1, 7] *= 1e-30
+    rows, scales = quantize(k)
+    off = np.abs(rows * scales[..., None].astype(float) - k)
+    assert (off <= np.abs(k).max(-1, keepdims=True).astype(float) / 254 * 1.00001).all()
+    k[0, 1, 6] /= 1e30
+    cache = KVCache(1, HKV, 200, 64, dtype="int8")
+    cache.append(k, v)
+    q = normal(rng, (1, HKV * GROUP, 1, 64))
+    exact, _ = oracle.attention(q, k, v)
+    error = np.abs(cache.attend(q) - exact)
+    assert error.max() < 0.02 * np.abs(exact).max()
+    assert np.sqrt((error**2).mean()) < 0.01 * np.sqrt((exact**2).mean())
+
+
+def test_from_arrays_shares_their_memory(engine, rng):
+    k, v = normal(rng, (2, HKV, 50, D)), normal(rng, (2, 50, HKV, DV)).swapaxes(1, 2)
+    cache = KVCache.from_arrays(k, v, [10, 30])
+    q = normal(rng, (2, HKV * GROUP, 1, D))
+    expected = sdpa(q, k, v, enable_gqa=True, key_lengths=[10, 30])
+    np.testing.assert_allclose(cache.attend(q), expected, rtol=1e-5, atol=1e-6)
+    new = normal(rng, (2, HKV, 2, D)), normal(rng, (2, HKV, 2, DV))
+    cache.append(*new)
+    np.testing.assert_array_equal(k[0, :, 10:12], new[0][0])
+    np.testing.assert_array_equal(v[1, :, 30:32], new[1][1])
+    k[:, :, 40], v[:, :, 40] = 5, 6  # a token that its owner wrote
+    cache.truncate(0)
+    cache.extend([41, 1])
+    assert cache.lengths.tolist() == [41, 1]
+    keys, values = cache.views(0, 40)[0]
+    assert (keys == 5).all()
+    assert (values == 6).all()
+    assert np.shares_memory(keys, k)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_views_are_where_the_tokens_are(rng, page_size):
+    cache = KVCache(2, HKV, 20, D, page_size=page_size)
+    k, v = (normal(rng, (2, HKV, 9, D)) for _ in range(2))
+    cache.append(k, v)
+    pairs = cache.views(1, 2, 7)
+    np.testing.assert_array_equal(np.concatenate([a for a, _ in pairs], 1), k[1, :, 2:7])
+    np.testing.assert_array_equal(np.concatenate([b for _, b in pairs], 1), v[1, :, 2:7])
+    cache.extend(3, sequences=[0])
+    for keys, values in cache.views(0, 9):
+        keys[...], values[...] = 1.5, 2.5
+    q = normal(rng, (1, HKV, 1, D))
+    want = sdpa(
+        q, np.concatenate([k[:1], np.full((1, HKV, 3, D), 1.5, "f4")], 2),
+        np.concatenate([v[:1], np.full((1, HKV, 3, D), 2.5, "f4")], 2),
+    )  # fmt: skip
+    np.testing.assert_allclose(cache.attend(q, sequences=0), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fork_shares_pages_until_someone_appends(rng):
+    cache = KVCache(3, HKV, 40, D, page_size=8)
+    k, v = (normal(rng, (1, HKV, 20, D)) for _ in range(2))
+    cache.append(k, v, sequences=0)
+    assert cache.num_pages - cache.free_pages == 3
+    cache.fork(0, 1)
+    cache.fork(0, 2, 16)
+    assert cache.num_pages - cache.free_pages == 3
+    cache.append(k[:, :, :1], v[:, :, :1], sequences=1)  # copies the begun page
+    assert cache.num_pages - cache.free_pages == 4
+    cache.append(k[:, :, :1], v[:, :, :1], sequences=2)  # ends on a page's edge: nothing to copy
+    assert cache.num_pages - cache.free_pages == 5
+    np.testing.assert_array_equal(cache.views(0, 16)[0][0], k[0, :, 16:20])
+    check_pages(cache)
+
+
+def test_a_window_keeps_only_what_it_needs(engine, rng):
+    window, n = 40, 1000
+    cache = KVCache(1, HKV, n, D, page_size=8, window=window, num_pages=8)
+    k, v = (normal(rng, (1, HKV, n, D)) for _ in range(2))
+    q = normal(rng, (1, HKV, n, D))
+    whole = sdpa(q, k, v, is_causal=True, window=(window, 0))
+    at = 0
+    while at < n:
+        new = min(int(rng.integers(1, 12)), n - at)
+        some = slice(at, at + new)
+        cache.append(k[:, :, some], v[:, :, some])
+        out = cache.attend(q[:, :, some], is_causal=True)
+        np.testing.assert_allclose(out, whole[:, :, some], rtol=1e-5, atol=1e-6)
+        at += new
+    assert int(cache.lengths[0]) == n
+    with pytest.raises(ValueError, match="given back"):
+        cache.attend(q[:, :, :100])
+    with pytest.raises(ValueError, match="given back"):
+        cache.truncate(n - 50)
+    cache.truncate(0)
+    assert cache.free_pages == cache.num_pages
+
+
+def test_the_default_pool_of_a_window(rng):
+    cache = KVCache(2, HKV, 100_000, D, window=100)
+    assert cache.page_size == 64
+    k = np.zeros((2, HKV, 512, D), np.float32)
+    for _ in range(20):  # 512 at a time, wherever the window begins
+        cache.append(k, k)
+        cache.append(k[:, :, :3], k[:, :, :3])
+    assert cache.key_pages.nbytes < 2 * HKV * 1000 * D * 4
+
+
+def test_bit_patterns_are_bfloat16(engine, rng):
+    k, v = (normal(rng, (1, HKV, 9, D), ml_dtypes.bfloat16) for _ in range(2))
+    q = normal(rng, (1, HKV, 1, D), ml_dtypes.bfloat16)
+    caches = [KVCache(1, HKV, 10, D, dtype="bfloat16") for _ in range(2)]
+    caches[0].append(k, v)
+    caches[1].append(k.view(np.uint16), v.view(np.uint16))
+    a, b = caches[0].attend(q), caches[1].attend(q.view(np.uint16))
+    assert a.dtype == ml_dtypes.bfloat16
+    assert b.dtype == np.uint16
+    np.testing.assert_array_equal(a.view(np.uint16), b)
+    assert KVCache(1, 1, 1, 1, dtype=ml_dtypes.bfloat16).key_pages.dtype == np.uint16
+
+
+def full(**options: Any) -> KVCache:
+    cache = KVCache(2, 1, 4, 3, **options)
+    cache.append(np.ones((2, 1, 3, 3), "f4"), np.ones((2, 1, 3, 3), "f4"))
+    return cache
+
+
+ONE = np.ones((2, 1, 1, 3), np.float32)
+REFUSED: list[tuple[type[Exception], str, Any]] = [
+    (ValueError, "2 more exceed the cache's capacity of 4",
+     lambda c: c.append(ONE.repeat(2, 2), ONE.repeat(2, 2))),
+    (ValueError, r"key has shape \(2, 1, 1, 2\): it must be \(2, 1, 1, 3\)",
+     lambda c: c.append(ONE[..., :2], ONE)),
+    (ValueError, "value has shape", lambda c: c.append(ONE, ONE[:, :, :0])),
+    (ValueError, "key has shape", lambda c: c.append(ONE[0], ONE)),
+    (TypeError, "key has dtype int64", lambda c: c.append(ONE.astype(int), ONE)),
+    (TypeError, "value has dtype int8", lambda c: c.append(ONE, ONE.astype("i1"))),
+    (ValueError, "counts holds", lambda c: c.append(ONE, ONE, counts=[2, 0])),
+    (TypeError, "counts is", lambda c: c.append(ONE, ONE, counts=0.5)),
+    (ValueError, "counts has shape", lambda c: c.append(ONE, ONE, counts=[0, 1, 0])),
+    (ValueError, "none may come twice", lambda c: c.append(ONE, ONE, sequences=[0, 0])),
+    (ValueError, "sequences holds .2.: each must be from 0 to 1", lambda c: c.reset(sequences=2)),
+    (TypeError, "sequences is", lambda c: c.reset(sequences=0.5)),
+    (ValueError, "lengths holds .4, 4.", lambda c: c.truncate(4)),
+    (ValueError, "lengths holds .-1", lambda c: c.truncate(-1)),
+    (ValueError, "indices has length 1", lambda c: c.reorder([0])),
+    (ValueError, "indices holds", lambda c: c.reorder([0, 2])),
+    (ValueError, "length is 4, but sequence 0 has 3", lambda c: c.fork(0, 1, 4)),
+    (ValueError, "counts holds", lambda c: c.extend(-1)),
+    (ValueError, "exceed the cache's capacity", lambda c: c.extend(2)),
+    (ValueError, "query has shape", lambda c: c.attend(ONE[0])),
+    (ValueError, "multiple", lambda c: KVCache(2, 2, 4, 3).attend(np.ones((2, 3, 1, 3), "f4"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page_size", [None, 2])
+@pytest.mark.parametrize(("error", "message", "wrong"), REFUSED)
+def test_refusals_change_nothing(page_size, error, message, wrong):
+    cache = full(page_size=page_size)
+    table, free = cache.block_table, cache.free_pages
+    with pytest.raises(error, match=message):
+        wrong(cache)
+    assert cache.lengths.tolist() == [3, 3]
+    assert cache.free_pages == free
+    np.testing.assert_array_equal(cache.block_table, table)
+    assert (cache.views(0)[0][0] == 1).all()
+
+
+def test_a_pool_that_runs_dry():
+    cache = KVCache(2, 1, 8, 3, page_size=2, num_pages=3)
+    cache.append(ONE.repeat(2, 2), ONE.repeat(2, 2))
+    with pytest.raises(MemoryError, match="2 pages are needed, but 1 of 3 are free"):
+        cache.append(ONE, ONE)
+    cache.append(ONE, ONE, counts=[1, 0])
+    assert cache.lengths.tolist() == [3, 2]
+    assert cache.free_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "capacity is 0", {"capacity": 0}),
+        (TypeError, "head_dim must be an int", {"head_dim": 1.5}),
+        (TypeError, "batch must be an int, not bool", {"batch": True}),
+        (ValueError, "dtype is 'int4': it must be one of", {"dtype": "int4"}),
+        (ValueError, "page_size is 0", {"page_size": 0}),
+        (ValueError, "num_pages is 3, but there is no page_size", {"num_pages": 3}),
+        (ValueError, "window is -1", {"window": -1}),
+    ],
+)
+def test_refusals_of_a_new_cache(error, message, options):
+    with pytest.raises(error, match=message):
+        KVCache(**({"batch": 1, "num_kv_heads": 1, "capacity": 4, "head_dim": 3} | options))
+
+
+def test_int8_refuses_what_it_can_not_hold():
+    cache = KVCache(2, 1, 4, 3, dtype="int8")
+    with pytest.raises(ValueError, match="value holds NaN or infinity"):
+        cache.append(ONE, np.where(ONE == 1, np.inf, ONE))
+    assert cache.lengths.tolist() == [0, 0]
+
+
+def test_arrays_that_can_not_be_a_cache():
+    k = np.ones((2, 1, 4, 3), np.float32)
+    with pytest.raises(ValueError, match="they must be"):
+        KVCache.from_arrays(k, k[:1])
+    with pytest.raises(TypeError, match="both must be the same"):
+        KVCache.from_arrays(k, k.astype("f8"))
+    with pytest.raises(TypeError, match="native byte order"):
+        KVCache.from_arrays(k.astype(">f4"), k.astype(">f4"))
+    with pytest.raises(ValueError, match="key_scales must be float32"):
+        KVCache.from_arrays(k.astype("i1"), k.astype("i1"))
+    with pytest.raises(ValueError, match="exceed the cache's capacity"):
+        KVCache.from_arrays(k, k, 5)
+    k.flags.writeable = False
+    cache = KVCache.from_arrays(k, k, 4)
+    assert cache.attend(ONE).shape == ONE.shape
+    cache.truncate(2)
+    with pytest.raises(ValueError, match="key array is read-only"):
+        cache.append(ONE, ONE)
+
+
+def test_the_example_of_speculation(engine, rng):
+    """Draft three tokens, reject two: what follows is as if they had never been."""
+    k, v = (normal(rng, (1, HKV, 12, D)) for _ in range(2))
+    q = normal(rng, (1, HKV, 1, D))
+    straight, tried = KVCache(1, HKV, 20, D), KVCache(1, HKV, 20, D, page_size=4)
+    straight.append(k[:, :, :10], v[:, :, :10])
+    tried.append(k[:, :, :9], v[:, :, :9])
+    tried.append(k[:, :, 9:12], v[:, :, 9:12])
+    tried.truncate(10)
+    np.testing.assert_allclose(straight.attend(q), tried.attend(q), rtol=1e-5, atol=1e-6)
+    assert qkv_fast.KVCache is KVCache
