@@ -182,6 +182,6 @@ def test_uneven_lengths_are_balanced(native, rng):
     busy = np.zeros(2)
     choice = _backend.current()
     with qkv_fast.threads(2):
-        _backend._native_module().run(problem, choice.tiles, choice.isa, 8, busy)
+        _backend._native_module().run(problem, choice.tiles, choice.isa, 0.75, busy)
     assert busy.sum() > 0
     np.testing.assert_array_equal(problem.result, varlen_attention(q, k, v, cu, is_causal=True))

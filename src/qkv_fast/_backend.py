@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
     from ._problem import Problem
 
-FEW_ROWS = 8
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
 _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
+
+# Where the two kinds of kernels take the same time: 8 heads, 2048 to 4096 keys of size 128, 1 to 48 rows
+# (docs/architecture.md). At 16 lanes of float32 that is after 12 rows and again from 17 to 24, for
+# BLAS tiles, which have 64 rows, after more than 32; where bfloat16 is multiplied in pairs, after 4.
+FEW_SHARE = 0.875
+FEW_SHARE_PAIRS = 0.3
+
 _VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
 
@@ -170,15 +176,16 @@ def resolve(wish: _Wish | None, code: int) -> Choice:
     return Choice("native", tiles, isa)
 
 
-def few_rows(wish: _Wish | None, choice: Choice, code: int) -> int:
-    """Return how many rows a KV group may have for the native engine's kernels for few rows.
+def few_share(wish: _Wish | None, choice: Choice, code: int) -> float:
+    """Return the share of a tile's lanes up to which rows are few, for the native engine.
 
-    Their time rises with the rows, that of tiles with their vectors.
+    A KV group's rows are its query heads times its queries. Kernels for few rows (csrc/few_rows.h)
+    take time for each row, tiles for each vector of rows.
     """
-    asked = (wish or ("auto", "auto"))[1]
-    if "blas" in (asked, _from_environment()[1] if asked == "auto" else ""):
-        return 0
-    return FEW_ROWS
+    asked = wish[1] if wish else "auto"
+    if (_from_environment()[1] if asked == "auto" else asked) == "blas":
+        return 0.0
+    return FEW_SHARE_PAIRS if code == BFLOAT16 and choice.isa in _BFLOAT16_ONLY else FEW_SHARE
 
 
 def _runner(wish: _Wish | None, code: int) -> _Runner:
@@ -200,8 +207,8 @@ def _runner(wish: _Wish | None, code: int) -> _Runner:
     native_run, tiles, isa = _native_module().run, choice.tiles, choice.isa
     if tiles == "blas":
         _native_module().load_blas()
-    few = few_rows(wish, choice, code)
-    return lambda problem: native_run(problem, tiles, isa, few)
+    share = few_share(wish, choice, code)
+    return lambda problem: native_run(problem, tiles, isa, share)
 
 
 def _native_module() -> ModuleType:

@@ -128,6 +128,9 @@ cdef Py_ssize_t LARGE = 128
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
+# Rows beyond which the kernels for few rows have not been seen to win (_backend.FEW_SHARE).
+cdef Py_ssize_t FEW_MOST = 32
+
 # Keys of a task where rows are few: short enough for many threads to share one sequence, so long
 # that merging the parts is nothing beside reading them.
 cdef Py_ssize_t CHUNK = 1024
@@ -139,6 +142,7 @@ cdef Py_ssize_t CHUNK = 1024
 cdef Py_ssize_t MAX_ROWS_PER_TASK = 256
 cdef Py_ssize_t SHARED_KEYS = 1 << 20
 cdef Py_ssize_t TASKS_PER_THREAD = 4
+cdef Py_ssize_t TASKS_IF_PACKED = 2     # sharing weighs more then: 1,8,64 on 4096,128 took 1240 us, 900
 
 # Multiply-adds below which a second thread costs more than it brings (bench_overhead.py: waking
 # a sleeping worker takes 10 us and more, which is some 2^19 of them).
@@ -186,7 +190,8 @@ cdef struct Place:                      # where the tasks of a batch entry begin
 
 cdef struct Job:
     Call tiles, few                     # the same call for sequences of many and of few rows
-    Py_ssize_t few_rows, batches
+    double few_share                    # see rows_are_few
+    Py_ssize_t few_most, batches
     Place *places                       # batches + 1
     char *scratch
     Py_ssize_t scratch_bytes            # of a thread
@@ -789,6 +794,14 @@ cdef inline int64_t entry_of(const Call *call, const Operand *operand, Py_ssize_
     return otherwise if data == NULL else (<int64_t *>data)[0]
 
 
+cdef inline bint rows_are_few(const Job *job, Py_ssize_t rows) noexcept nogil:
+    """Whether they fill at most few_share of the vectors that a tile of them would have."""
+    cdef Py_ssize_t step = job.tiles.kernels.lanes
+    if job.tiles.fixed_nvec:
+        step *= job.tiles.fixed_nvec
+    return rows <= job.few_most and rows <= job.few_share * ((rows + step - 1) // step * step)
+
+
 cdef void open_sequence(const Job *job, Py_ssize_t batch, Sequence *sequence) noexcept nogil:
     """What a batch entry is, and how its rows and keys are divided into tasks."""
     cdef const Call *call = &job.tiles
@@ -806,7 +819,7 @@ cdef void open_sequence(const Job *job, Py_ssize_t batch, Sequence *sequence) no
         while sequence.visible > 0 and not mask[(sequence.visible - 1) * call.mask.col]:
             sequence.visible -= 1  # padding at the end is as good as key_lengths
     rows = call.group * sequence.q_len
-    sequence.few = rows <= job.few_rows
+    sequence.few = rows_are_few(job, rows)
     if not sequence.few:
         tiles = (rows + call.kernels.tile_q - 1) // call.kernels.tile_q
         sequence.tasks_per_head = (tiles + call.tiles_per_task - 1) // call.tiles_per_task
@@ -1421,11 +1434,11 @@ cdef void count_chunks(const Job *job) noexcept nogil:
             part += sequence.tasks_per_head
 
 
-def run(problem, str tiles, str isa, Py_ssize_t few_rows=0, cnp.ndarray busy=None):
+def run(problem, str tiles, str isa, double few_share=0, cnp.ndarray busy=None):
     """Compute a Problem (see _problem.py) into its `out` and `lse`.
 
-    Sequences whose KV groups have at most few_rows rows go to the kernels for few rows. busy: float64,
-    one for each thread, to which the seconds are added that it was in tasks.
+    few_share: _backend.few_share(); 0 for tiles alone. busy: float64, one for each thread, to which
+    the seconds are added that it was in tasks.
     """
     global active_calls
     cdef bint wide = problem.code == QKV_FLOAT64
@@ -1452,7 +1465,8 @@ def run(problem, str tiles, str isa, Py_ssize_t few_rows=0, cnp.ndarray busy=Non
         limit_to_blas(&job.tiles.value, job.tiles.kv_len, job.tiles.v_dim, kernels.real_bytes)
     cdef Call *call = &job.tiles
     cdef const qkv_tile_kernels *few = table_of(index, QKV_FLOAT64 if wide else QKV_FLOAT32)
-    job.few_rows = min(few_rows, few.tile_q)
+    job.few_share = few_share
+    job.few_most = min(FEW_MOST, <Py_ssize_t>few.tile_q) if few_share > 0 else 0
     job.batches = 1
     for axis in range(call.batch_ndim):
         job.batches *= call.batch_shape[axis]
@@ -1465,7 +1479,8 @@ def run(problem, str tiles, str isa, Py_ssize_t few_rows=0, cnp.ndarray busy=Non
             or call.mask.data != NULL or call.page_size != 0
             or call.kv_len * (call.head_dim + call.v_dim) * call.operand_bytes > SHARED_KEYS):
         while (call.tiles_per_task * kernels.tile_q < MAX_ROWS_PER_TASK
-               and totals.task > 2 * TASKS_PER_THREAD * budget * call.tiles_per_task):
+               and totals.task >= 2 * call.tiles_per_task * budget
+               * (TASKS_IF_PACKED if kernels.pack_values != NULL else TASKS_PER_THREAD)):
             call.tiles_per_task *= 2
     if totals.task == 0:
         return
@@ -1473,9 +1488,9 @@ def run(problem, str tiles, str isa, Py_ssize_t few_rows=0, cnp.ndarray busy=Non
     cdef size_t parts_bytes = 0
     lay_out_scratch(call, kernels.tile_q)
     job.scratch_bytes = call.scratch_bytes
-    if job.few_rows > 0:
+    if job.few_most > 0:
         prepare(&job.few, problem, few, True)
-        axis = min(job.few_rows, call.group * call.q_len)
+        axis = min(job.few_most, call.group * call.q_len)
         axis = (axis + few.lanes - 1) // few.lanes * few.lanes
         lay_out_scratch(&job.few, axis)
         job.scratch_bytes = max(job.scratch_bytes, job.few.scratch_bytes)
