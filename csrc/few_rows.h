@@ -133,11 +133,11 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
 #define KEYS(n)                                                                                  \
     do {                                                                                         \
         vec p[4 * FEW_MOST];                                                                     \
-        UNROLL for (int k = 0; k < n; k++)                                                       \
+        for (int k = 0; k < n; k++)                                                              \
             UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(P[k * ld + r]);       \
         UNROLL for (int v = 0; v < nv; v++) {                                                    \
             const ptrdiff_t d = v * LANES * BYTES_OF(type);                                      \
-            UNROLL for (int k = 0; k < n; k++) {                                                 \
+            for (int k = 0; k < n; k++) {                                                        \
                 const char *from = V + at[k] + d;                                                \
                 const vec x = some ? load_some_lanes(from, some, type) : load_lanes(from, type); \
                 if (ahead && d % CACHE_LINE == 0) PREFETCH(ahead + at[k] + d);                   \

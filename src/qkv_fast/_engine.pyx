@@ -125,6 +125,7 @@ cdef double LN2 = 0.69314718055994530942
 cdef Py_ssize_t BLOCK_K = 128
 cdef Py_ssize_t BLOCK_K_MATRIX = 256
 cdef Py_ssize_t LARGE = 128
+cdef Py_ssize_t BLOCK_K_FEW = 64        # a tenth faster than 128 on float32 from memory, alike on others
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
@@ -1367,6 +1368,8 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
     call.block_k = BLOCK_K if widest <= WIDE else BLOCK_K_WIDE
     if kernels.row_step > 1 and LARGE < widest <= WIDE:
         call.block_k = BLOCK_K_MATRIX
+    if few:
+        call.block_k = min(call.block_k, BLOCK_K_FEW)
 
 
 cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
