@@ -20,7 +20,7 @@
 /* Keys between a row and the one to ask for, a multiple of FEW_MOST. */
 INLINE ptrdiff_t rows_ahead(ptrdiff_t row_bytes)
 {
-    const ptrdiff_t rows = AHEAD / row_bytes / FEW_MOST * FEW_MOST;
+    const ptrdiff_t rows = AHEAD / (row_bytes > 0 ? row_bytes : 1) / FEW_MOST * FEW_MOST;
     return rows < FEW_MOST ? FEW_MOST : rows;
 }
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import make
 
+from qkv_fast import _backend
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 OPTIONS = {
@@ -39,14 +40,41 @@ def test_the_rest_of_the_batch_changes_no_bit(engine, rng, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
-def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, dtype):
+@pytest.mark.parametrize("few", [False, True], ids=["tiles", "few rows"])
+def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, dtype, few):
+    """Nor how many rows there are, as long as the same kernels are for them."""
     if engine.engine == "python":
         pytest.skip("NumPy's products do not promise this")
-    q, k, v = make(rng, (1, 2, 2, 150, 300, 48, 40), dtype)
-    whole = sdpa(q, k, v, is_causal=True, query_offset=20)
-    for begin, end in [(0, 1), (3, 20), (63, 66), (100, 150), (149, 150)]:
-        part = sdpa(q[:, :, begin:end], k, v, is_causal=True, query_offset=20 + begin)
+    if few and engine.tiles == "blas":
+        pytest.skip("all rows are BLAS tiles")
+    monkeypatch.setattr(_backend, "_runners", {})
+    for name in ("FEW_SHARE", "FEW_SHARE_PAIRS"):
+        monkeypatch.setattr(_backend, name, 1.0 if few else 0.0)
+    q, k, v = make(rng, (1, 2, 2, 8 if few else 150, 1300, 48, 40), dtype)
+    whole = sdpa(q, k, v, is_causal=True, query_offset=1200)
+    parts = [(0, 1), (3, 8), (2, 4)] if few else [(0, 1), (3, 20), (63, 66), (100, 150), (149, 150)]
+    for begin, end in parts:
+        part = sdpa(q[:, :, begin:end], k, v, is_causal=True, query_offset=1200 + begin)
         np.testing.assert_array_equal(part, whole[:, :, begin:end])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_few_rows_whose_keys_are_split(engine, rng, dtype, options, q_len):
+    """Chunks of keys are tasks: neither threads nor the batch change how they are merged."""
+    q, k, v = make(rng, (3, 4, 2, q_len, 4500, 40, 24), dtype)
+    lengths = [4500, 1025, 3]
+    options = options | {"enable_gqa": True, "query_offset": [4497, 1022, 0]}
+    one, lse = sdpa(q, k, v, key_lengths=lengths, num_threads=1, return_lse=True, **options)
+    for threads in (2, 3, 4):
+        many = sdpa(q, k, v, key_lengths=lengths, num_threads=threads, return_lse=True, **options)
+        np.testing.assert_array_equal(many[0], one)
+        np.testing.assert_array_equal(many[1], lse)
+    for b in range(3):
+        here = options | {"query_offset": options["query_offset"][b]}
+        alone = sdpa(q[b], k[b], v[b], key_lengths=lengths[b], **here)
+        np.testing.assert_array_equal(alone, one[b])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])

@@ -11,7 +11,7 @@ pytest.importorskip("ml_dtypes")
 import ml_dtypes
 from tile_tables import Table, address, pointers, tables
 
-from qkv_fast._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from qkv_fast._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8
 
 TABLES = tables(FLOAT32) + tables(FLOAT64)
 GUARD = 1234.5
@@ -414,3 +414,137 @@ def scratch_like(rows: int, ld: int) -> np.ndarray:
     out = np.full((rows + 1, ld), GUARD, np.float32)
     out[:-1] = 1
     return out
+
+
+# --- Few rows -------------------------------------------------------------------------------
+
+STORED = {FLOAT32: np.dtype("f4"), FLOAT64: np.dtype("f8"), FLOAT16: np.dtype("f2"), BFLOAT16: BF16,
+          INT8: np.dtype("i1")}  # fmt: skip
+
+
+def stored_types(table: Table) -> list[int]:
+    """Return the element types that the kernels for few rows read."""
+    return [FLOAT64] if table.real_bytes == 8 else [FLOAT32, FLOAT16, BFLOAT16, INT8]
+
+
+def rows_of(rng: np.random.Generator, n: int, d: int, code: int) -> np.ndarray:
+    """Return (n, d) of a type, rows apart in memory and followed by NaN."""
+    whole = np.full((n, d + 3), 99 if code == INT8 else np.nan, STORED[code])
+    whole[:, :d] = np.round(rng.standard_normal((n, d)) * 10)
+    return whole[:, :d]
+
+
+def padded(table: Table, x: np.ndarray) -> np.ndarray:
+    """Return rows of the table's reals with zeros up to whole vectors."""
+    wide = np.zeros((len(x), -(-x.shape[1] // table.lanes) * table.lanes), real(table))
+    wide[:, : x.shape[1]] = x
+    return wide
+
+
+@pytest.mark.parametrize("d", [1, 3, 16, 21, 64, 100, 128])
+def test_few_scores(table, rng, d):
+    for code in stored_types(table):
+        for rows in [*range(1, 10), table.tile_q // 2]:
+            ld = -(-rows // table.lanes) * table.lanes
+            for nk in (1, 2, 5, 16, 17, 40):
+                q = rng.standard_normal((rows, d)).astype(real(table))
+                key, wide = rows_of(rng, nk, d, code), padded(table, q)
+                got = np.full((nk + 1, ld), GUARD, real(table))
+                table.few_scores(
+                    address(got), ld, address(wide), wide.shape[1], address(key), key.strides[0],
+                    nk, d, rows, code, address(key) + nk * key.strides[0],
+                )  # fmt: skip
+                assert (got[nk:] == GUARD).all()
+                assert (got[:, rows:] == GUARD).all()
+                exact = key.astype(float) @ q.T.astype(float)
+                eps = np.finfo(real(table)).eps * d * 10
+                np.testing.assert_allclose(got[:nk, :rows], exact, rtol=eps, atol=eps * 10)
+
+
+def test_a_score_of_few_rows_does_not_depend_on_its_place(table, rng):
+    q, key = rng.standard_normal((7, 70)), rng.standard_normal((33, 70)).astype(real(table))
+    wide, code = padded(table, q), FLOAT32 if table.real_bytes == 4 else FLOAT64
+    ld = -(-7 // table.lanes) * table.lanes
+    all_of = np.zeros((33, ld), real(table))
+    table.few_scores(address(all_of), ld, address(wide), wide.shape[1], address(key),
+                     key.strides[0], 33, 70, 7, code, address(key))  # fmt: skip
+    for k in range(33):
+        for r in range(7):
+            one = np.zeros((1, ld), real(table))
+            table.few_scores(address(one), ld, address(wide[r]), wide.shape[1], address(key[k]),
+                             key.strides[0], 1, 70, 1, code, address(key))  # fmt: skip
+            assert one[0, 0] == all_of[k, r]
+
+
+@pytest.mark.parametrize("dv", [1, 5, 16, 24, 40, 64, 128, 130])
+@pytest.mark.parametrize("partial", [0, 1])
+def test_few_accumulate(table, rng, dv, partial):
+    for code in stored_types(table):
+        for rows in [*range(1, 10), table.tile_q // 2]:
+            ld = -(-rows // table.lanes) * table.lanes
+            for nk in (1, 3, 16, 21):
+                value = rows_of(rng, nk, dv, code)
+                p = rng.random((nk, ld)).astype(real(table))
+                if partial:
+                    p[rng.random(p.shape) < 0.3] = -0.0
+                exact_v = value.astype(float)
+                if partial and code != INT8:  # an excluded key may hold anything
+                    p[0, :rows] = -0.0
+                    value[0], exact_v[0] = np.nan, 0
+                before = rng.standard_normal((rows, dv)).astype(real(table))
+                acc = np.vstack([padded(table, before), np.full((1, 1), GUARD)
+                                 .repeat(padded(table, before).shape[1], 1)])  # fmt: skip
+                acc = np.ascontiguousarray(acc, real(table))
+                decay = rng.random(rows).astype(real(table))
+                table.few_accumulate(
+                    address(acc), acc.shape[1], address(p), ld, address(value), value.strides[0],
+                    nk, dv, rows, address(decay), partial, code,
+                    address(value) + nk * value.strides[0],
+                )  # fmt: skip
+                assert (acc[rows] == GUARD).all()
+                exact = (
+                    before * decay[:, None].astype(float) + p[:, :rows].T.astype(float) @ exact_v
+                )
+                eps = np.finfo(real(table)).eps * 40
+                np.testing.assert_allclose(acc[:rows, :dv], exact, rtol=eps, atol=eps * 10)
+                assert not acc[:rows, dv:].any()
+
+
+def test_few_accumulate_without_decay_adds(table):
+    code = FLOAT32 if table.real_bytes == 4 else FLOAT64
+    value, p = np.ones((3, 8), real(table)), np.ones((3, table.lanes), real(table))
+    acc = padded(table, np.full((1, 8), 5.0))
+    table.few_accumulate(address(acc), acc.shape[1], address(p), table.lanes, address(value),
+                         value.strides[0], 3, 8, 1, None, 0, code, address(value))  # fmt: skip
+    assert (acc[:, :8] == 8).all()
+
+
+def test_scale_keys(table, rng):
+    for nvec in widths(table):
+        ld = nvec * table.lanes
+        s = rng.standard_normal((9, ld))
+        factors = rng.random(9).astype(np.float32)
+        got = scratch(table, s)
+        table.scale_keys(address(got), 9, nvec, address(factors), 0)
+        close(table, got, s.astype(real(table)) * factors[:, None].astype(float))
+        p = np.abs(s)
+        p[rng.random(s.shape) < 0.3] = -0.0
+        factors[3] = np.nan
+        p[3] = -0.0
+        got = scratch(table, p)
+        table.scale_keys(address(got), 9, nvec, address(factors), 1)
+        assert (np.signbit(got[:-1]) == np.signbit(p)).all()
+        factors[3] = 1
+        close(table, got, p.astype(real(table)) * factors[:, None].astype(float))
+
+
+def test_widen_int8(table):
+    if table.real_bytes == 8:
+        assert not table.widen
+        return
+    everything = np.arange(-128, 128).astype(np.int8)
+    for n in (1, 7, 16, 31, 256):
+        got = np.full(n + 1, GUARD, np.float32)
+        table.widen(address(got), address(everything), n, INT8)
+        np.testing.assert_array_equal(got[:n], everything[:n])
+        assert got[n] == GUARD

@@ -27,9 +27,9 @@ TILES = ("auto", "simd", "blas")
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
 _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
 
-# Where the two kinds of kernels take the same time: 8 heads, 2048 to 4096 keys of size 128, 1 to 48 rows
-# (docs/architecture.md). At 16 lanes of float32 that is after 12 rows and again from 17 to 24, for
-# BLAS tiles, which have 64 rows, after more than 32; where bfloat16 is multiplied in pairs, after 4.
+# Where the two kinds of kernels take about the same time: 8 heads, 2048 to 4096 keys of size 128, 1
+# to 48 rows (docs/architecture.md). With 16 lanes of float32 that is at 14 rows, and again at 28;
+# BLAS tiles, which have 64 rows, are slower at 32 yet; bfloat16 in pairs is faster from 5 on.
 FEW_SHARE = 0.875
 FEW_SHARE_PAIRS = 0.3
 
