@@ -24,7 +24,7 @@ import numpy as np
 from qkv_fast import _backend, _problem
 
 from .peers import DTYPES, PREPARE, TOLERANCE, Peer, version
-from .shapes import SHAPES, Shape, parse
+from .shapes import SHAPES, Shape, named
 
 Row = dict[str, Any]
 CODES = {"float32": _problem.FLOAT32, "bfloat16": _problem.BFLOAT16}
@@ -45,7 +45,7 @@ def measure(
 ) -> Row:
     """Return a row: what each peer reached, its error, and the machine's limits meanwhile."""
     row: Row = {"name": name, "shape": shape._asdict(), "dtype": dtype, "threads": threads}
-    row |= {"gflops": {}, "spread": {}, "error": {}, "failed": {}}
+    row |= {"gflops": {}, "seconds": {}, "spread": {}, "error": {}, "failed": {}}
     times: dict[str, list[float]] = {}
     for peer in peers:
         progress(f"{name} {dtype}: preparing {peer.name}")
@@ -73,9 +73,11 @@ def measure(
     progress("")
     row["peak_gflops"] = statistics.median(peaks)
     row["read_gb_per_s"] = statistics.median(bandwidths)
+    row["read_gigabytes"] = shape.read_gigabytes(dtype)
     for peer_name, seconds in times.items():
         if peer_name not in row["failed"]:
             row["gflops"][peer_name] = shape.gflop / statistics.median(seconds)
+            row["seconds"][peer_name] = statistics.median(seconds)
             low, high = np.quantile(seconds, [0.25, 0.75])
             row["spread"][peer_name] = float((high - low) / statistics.median(seconds))
     return row
@@ -132,8 +134,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         nargs="+",
         metavar="SHAPE",
-        default=list(SHAPES),
-        help="names, or batch,heads,length,head_dim[,causal]; names: " + ", ".join(SHAPES),
+        default=["prefill"],
+        help="prefill, decode, batch,heads,length,head_dim[,causal], or names: "
+        + ", ".join(SHAPES),
     )
     parser.add_argument(
         "--peers", nargs="+", choices=list(PREPARE), help="default: those that are installed"
@@ -148,7 +151,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the comparison; return an exit status."""
     try:
-        shapes = {text: parse(text) for text in options.shapes}
+        shapes = named(options.shapes)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

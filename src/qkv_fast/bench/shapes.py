@@ -30,6 +30,12 @@ class Shape(NamedTuple):
         scores = self.batch * self.num_heads * self.q_len * self.keys
         return 4e-9 * scores * self.head_dim / (2 if self.is_causal else 1)
 
+    def read_gigabytes(self, dtype: str) -> float:
+        """Billions of bytes of keys and values, each read once."""
+        kv_heads = self.num_kv_heads or self.num_heads
+        elements = 2 * self.batch * kv_heads * self.keys * self.head_dim
+        return 1e-9 * elements * (4 if dtype == "float32" else 2)
+
     def tensors(self, seed: int = 0) -> tuple[npt.NDArray[Any], ...]:
         """Return query, key, value: standard normal, float32."""
         rng = np.random.default_rng(seed)
@@ -70,14 +76,35 @@ SHAPES = {
 }
 
 
+# Few new tokens against a cache: 32 query heads over 8 key heads of size 128, and over 32. As many
+# sequences as fit in memory five times.
+DECODE = {
+    f"decode-{batch}x{kv_len}-q{q_len}": Shape(batch, 32, q_len, 128, False, kv_len, 8)
+    for batch in (1, 8, 64)
+    for kv_len in (128, 512, 2048, 8192, 32768)
+    if batch * kv_len <= 1 << 17
+    for q_len in (1, 2, 4, 8, 16)
+} | {f"decode-mha-1x{n}-q1": Shape(1, 32, 1, 128, False, n, 32) for n in (512, 2048, 8192, 32768)}
+GROUPS = {"prefill": SHAPES, "decode": DECODE}
+
+
+def named(texts: list[str]) -> dict[str, Shape]:
+    """Return the shapes of groups, names and numbers, by their names."""
+    shapes: dict[str, Shape] = {}
+    for text in texts:
+        shapes |= GROUPS.get(text) or {text: parse(text)}
+    return shapes
+
+
 def parse(text: str) -> Shape:
     """Return the shape of a name, or of ``batch,heads,length,head_dim[,causal]``.
 
     >>> parse("1,12,512,64,causal")
     Shape(batch=1, num_heads=12, q_len=512, head_dim=64, is_causal=True, kv_len=0, num_kv_heads=0)
     """
-    if text in SHAPES:
-        return SHAPES[text]
+    for group in GROUPS.values():
+        if text in group:
+            return group[text]
     parts = text.split(",")
     causal = parts[-1] == "causal"
     try:
@@ -85,7 +112,7 @@ def parse(text: str) -> Shape:
     except ValueError:
         raise ValueError(
             f"shape is {text!r}: it must be batch,heads,length,head_dim[,causal] or one of "
-            + ", ".join(SHAPES)
+            + ", ".join([*GROUPS, *SHAPES, *DECODE])
         ) from None
     if min(batch, num_heads, length, head_dim) < 1:
         raise ValueError(f"shape is {text!r}: every size must be at least 1")
