@@ -39,7 +39,7 @@ INLINE vec v_sum_each(vec x[LANES])
  * the first key, where to prefetch. A score's sum does not depend on where it is computed. */
 INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t ld, const real *Q,
                             ptrdiff_t q_stride, const char *K, ptrdiff_t k_stride, int live,
-                            ptrdiff_t D, const char *ahead)
+                            ptrdiff_t D, const float *factors, const char *ahead)
 {
     const int keys = LANES / rows, some = keys < FEW_MOST ? keys : FEW_MOST;
     const ptrdiff_t at[4] = {0, k_stride, 2 * k_stride, 3 * k_stride};
@@ -70,12 +70,19 @@ INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t l
 #undef STEP
     real part[LANES];
     v_store(part, v_sum_each(x));
-    for (int k = 0; k < live; k++) memcpy(S + k * ld, part + k * rows, (size_t)rows * sizeof(real));
+    if (factors)
+        for (int k = 0; k < live; k++)
+            for (int r = 0; r < rows; r++) part[k * rows + r] *= (real)factors[k];
+    if (ld == rows && live == keys) /* side by side */
+        v_store(S, v_load(part));
+    else
+        for (int k = 0; k < live; k++)
+            memcpy(S + k * ld, part + k * rows, (size_t)rows * sizeof(real));
 }
 
 INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, ptrdiff_t q_stride,
                           const char *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows,
-                          const char *next)
+                          const float *factors, const char *next)
 {
     const ptrdiff_t further = rows_ahead(D * BYTES_OF(type));
     for (ptrdiff_t k = 0; k < nk; k += FEW_KEYS) {
@@ -87,10 +94,11 @@ INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, 
         for (; i + LANES / (n) <= end; i += LANES / (n))                                         \
             few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
                             K + i * k_stride, k_stride, LANES / (n), D,                          \
+                            factors ? factors + i : NULL,                                        \
                             r ? NULL : AFTER(K, k_stride, i + further));                         \
         for (; i < end; i++) /* the same key in all places */                                    \
             few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
-                            K + i * k_stride, 0, 1, D, NULL);                                    \
+                            K + i * k_stride, 0, 1, D, factors ? factors + i : NULL, NULL);      \
         r += n;                                                                                  \
     } while (0)
 /* Row i of this run of nk, or of the one that follows it. */
@@ -104,9 +112,9 @@ INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, 
 
 static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride, const char *K,
                        ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows, int type,
-                       const char *next)
+                       const float *factors, const char *next)
 {
-#define TYPE(t) few_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows, next)
+#define TYPE(t) few_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows, factors, next)
 #if REAL_BITS == 32
     switch (type) {
     case QKV_FLOAT16: TYPE(QKV_FLOAT16); break;
@@ -121,20 +129,54 @@ static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
 #undef TYPE
 }
 
+/* The softmax of tiles (tile_tmpl.h) where S[k] is ld reals, ld a power of 2: a lane stands for a row
+ * and every LANES / ld-th key, and what those lanes found is put together in the end. */
+static void few_softmax(void *S_, ptrdiff_t nk, int ld, void *row_max, void *row_sum, void *decay_)
+{
+    real *S = S_, lane[2 * LANES];
+    const ptrdiff_t count = nk * ld;
+    vec best = v_set1(-REAL_INF), total = v_set1(0);
+    for (ptrdiff_t i = count; i % LANES; i++) S[i] = -REAL_INF;
+    for (ptrdiff_t i = 0; i < count; i += LANES) best = v_max(best, v_load(S + i));
+    v_store(lane, best);
+    for (int n = LANES / 2; n >= ld; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] = lane[i + n] > lane[i] ? lane[i + n] : lane[i];
+    for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
+    const vec before = v_load(row_max), top = v_max(v_load(lane), before);
+    const vec decay = exp2_nonpositive(v_sub(before, top), 0);
+    v_store(lane, top);
+    for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
+    const vec each = v_load(lane);
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        const vec p = exp2_nonpositive(v_sub(v_load(S + i), each), 0);
+        total = v_add(total, p);
+        v_store(S + i, p);
+    }
+    v_store(lane, total);
+    for (int n = LANES / 2; n >= ld; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+    v_store(row_sum, v_fma(v_load(row_sum), decay, v_load(lane)));
+    v_store(row_max, top);
+    v_store(decay_, decay);
+}
+
 /* acc[r][0..nv) = acc * decay + sum_k P[k][r] V[k]; `some` > 0: elements of the only vector. */
 INLINE void few_accumulate_tile(const int rows, const int nv, const int type, const int partial,
                                 real *acc, ptrdiff_t acc_stride, const real *P, ptrdiff_t ld,
                                 const char *V, ptrdiff_t v_stride, ptrdiff_t nk, const real *decay,
-                                const ptrdiff_t some, const char *ahead)
+                                const float *factors, const ptrdiff_t some, const char *ahead)
 {
     const ptrdiff_t at[4] = {0, v_stride, 2 * v_stride, 3 * v_stride};
     vec c[FEW_SUMS];
     UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
+/* -0.0, an excluded key, stays what it is. */
+#define WEIGHT(k, r)                                                                             \
+    (factors && P[k * ld + r] > 0 ? P[k * ld + r] * (real)factors[k] : P[k * ld + r])
 #define KEYS(n)                                                                                  \
     do {                                                                                         \
         vec p[4 * FEW_MOST];                                                                     \
         for (int k = 0; k < n; k++)                                                              \
-            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(P[k * ld + r]);       \
+            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(WEIGHT(k, r));       \
         UNROLL for (int v = 0; v < nv; v++) {                                                    \
             const ptrdiff_t d = v * LANES * BYTES_OF(type);                                      \
             for (int k = 0; k < n; k++) {                                                        \
@@ -150,12 +192,14 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
             }                                                                                    \
         }                                                                                        \
         P += n * ld, V += n * v_stride;                                                          \
+        if (factors) factors += n;                                                               \
         if (ahead) ahead += n * v_stride;                                                        \
     } while (0)
     ptrdiff_t left = nk;
     for (; left >= FEW_STEP(rows); left -= FEW_STEP(rows)) KEYS(FEW_STEP(rows));
     for (; left > 0; left--) KEYS(1);
 #undef KEYS
+#undef WEIGHT
     UNROLL for (int r = 0; r < rows; r++) {
         const vec factor = v_set1(decay ? decay[r] : 1);
         UNROLL for (int v = 0; v < nv; v++) {
@@ -168,14 +212,14 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
 INLINE void few_accumulate_rows(const int rows, const int type, const int partial, real *acc,
                                 ptrdiff_t acc_stride, const real *P, ptrdiff_t ld, const char *V,
                                 ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, const real *decay,
-                                const char *ahead)
+                                const float *factors, const char *ahead)
 {
     const int most = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
     ptrdiff_t d = 0;
 #define COLUMNS(nv, some)                                                                        \
     do {                                                                                         \
         few_accumulate_tile(rows, nv, type, partial, acc + d, acc_stride, P, ld,                 \
-                            V + d * BYTES_OF(type), v_stride, nk, decay, some,                   \
+                            V + d * BYTES_OF(type), v_stride, nk, decay, factors, some,          \
                             ahead ? ahead + d * BYTES_OF(type) : NULL);                          \
         d += (nv) * LANES;                                                                       \
     } while (0)
@@ -190,7 +234,7 @@ INLINE void few_accumulate_rows(const int rows, const int type, const int partia
 INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrdiff_t acc_stride,
                               const real *P, ptrdiff_t ld, const char *V, ptrdiff_t v_stride,
                               ptrdiff_t nk, ptrdiff_t Dv, int rows, const real *decay,
-                              const char *next)
+                              const float *factors, const char *next)
 {
     const ptrdiff_t further = rows_ahead(Dv * BYTES_OF(type));
     for (ptrdiff_t k = 0; k < nk; k += FEW_KEYS) {
@@ -201,6 +245,7 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
         few_accumulate_rows(count, type, partial, acc + r * acc_stride, acc_stride,              \
                             P + k * ld + r, ld, V + k * v_stride, v_stride, n, Dv,               \
                             decay && k == 0 ? decay + r : NULL,                                  \
+                            factors ? factors + k : NULL,                                        \
                             r ? NULL : AFTER(V, v_stride, k + further));                         \
         r += count;                                                                              \
     } while (0)
@@ -213,16 +258,17 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
 
 static void few_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
                            const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
-                           const void *decay, int partial, int type, const char *next)
+                           const void *decay, int partial, int type, const float *factors,
+                           const char *next)
 {
 #define TYPE(t)                                                                                  \
     do {                                                                                         \
         if (partial)                                                                             \
             few_accumulate_of(t, 1, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay,    \
-                              next);                                                             \
+                              factors, next);                                                             \
         else                                                                                     \
             few_accumulate_of(t, 0, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay,    \
-                              next);                                                             \
+                              factors, next);                                                             \
     } while (0)
 #if REAL_BITS == 32
     switch (type) {

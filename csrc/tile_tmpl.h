@@ -467,6 +467,7 @@ const qkv_tile_kernels QKV_TABLE = {
     .all_finite = all_finite,
     .store_rows = store_rows,
     .few_scores = FEW_SCORES,
+    .few_softmax = FEW_SOFTMAX,
     .few_accumulate = FEW_ACCUMULATE,
     .widen = WIDEN,
     .narrow = NARROW,

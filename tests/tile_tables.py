@@ -40,10 +40,11 @@ class Table(ctypes.Structure):
         ("scale_keys", _f(None, PTR, SIZE, INT, PTR, INT)),
         ("all_finite", _f(INT, PTR, SIZE, SIZE, SIZE)),
         ("store_rows", _f(None, PTR, INT, PTR, SIZE, INT, PTR)),
-        ("few_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT, PTR)),
+        ("few_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT, PTR, PTR)),
+        ("few_softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR)),
         (
             "few_accumulate",
-            _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, PTR, INT, INT, PTR),
+            _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, PTR, INT, INT, PTR, PTR),
         ),
         ("widen", _f(None, PTR, PTR, SIZE, INT)),
         ("narrow", _f(None, PTR, PTR, SIZE, INT)),

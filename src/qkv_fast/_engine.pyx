@@ -59,10 +59,12 @@ cdef extern from "tile_kernels.h" nogil:
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
         void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *, Py_ssize_t,
-                           Py_ssize_t, Py_ssize_t, int, int, const char *) noexcept nogil
+                           Py_ssize_t, Py_ssize_t, int, int, const float *,
+                           const char *) noexcept nogil
+        void (*few_softmax)(void *, Py_ssize_t, int, void *, void *, void *) noexcept nogil
         void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *,
                                Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int, int,
-                               const char *) noexcept nogil
+                               const float *, const char *) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
@@ -410,16 +412,22 @@ cdef void load_value_rows(const Call *call, const Head *head, Block *block) noex
 
 cdef const float *load_factors(const Call *call, const Head *head, const Operand *scales,
                                char *rows, const Block *block, Py_ssize_t nk) noexcept nogil:
-    """The factors of a block's rows, one after another."""
+    """The factors of a block's rows, one after another; NULL: there are none."""
     cdef float *factors = <float *>(head.S + call.factors_at)
     cdef Py_ssize_t i, count
     cdef const char *source
+    if scales.data == NULL:
+        return NULL
     for i in range(block.skipped):
         factors[i] = 0
     i = block.skipped
     while i < nk:
         count = nk - i
         source = find_rows(call, head, scales, rows, block.begin + i, &count)
+        if scales.row == sizeof(float):
+            memcpy(&factors[i], source, count * sizeof(float))
+            i += count
+            continue
         while count > 0:
             memcpy(&factors[i], source, sizeof(float))
             source += scales.row
@@ -457,30 +465,35 @@ cdef void load_run(const Call *call, const Head *head, const Operand *operand, c
 
 
 cdef void score_few(const Call *call, const Head *head, Tile *tile, const Block *block,
-                    Py_ssize_t nk) noexcept nogil:
+                    Py_ssize_t nk, Py_ssize_t ld) noexcept nogil:
     cdef Py_ssize_t i = block.skipped
     cdef Run run
+    cdef const float *factors = load_factors(call, head, &call.key_scales, head.key_scales, block,
+                                             nk)
     while i < nk:
         load_run(call, head, &call.key, head.key, call.head_dim, block.begin + i, nk - i,
                  tile.last_max, &run)
-        call.kernels.few_scores(head.S + i * tile.lanes * call.kernels.real_bytes, tile.lanes,
-                                tile.Qt, call.q_stride, run.rows, run.stride, run.count,
-                                call.head_dim, tile.count, run.type, run.next)
+        call.kernels.few_scores(head.S + i * ld * call.kernels.real_bytes, ld, tile.Qt,
+                                call.q_stride, run.rows, run.stride, run.count, call.head_dim,
+                                tile.count, run.type, NULL if factors == NULL else factors + i,
+                                run.next)
         i += run.count
 
 
 cdef void accumulate_few(const Call *call, const Head *head, Tile *tile, const Block *block,
-                         Py_ssize_t nk, bint partial) noexcept nogil:
+                         Py_ssize_t nk, Py_ssize_t ld, bint partial) noexcept nogil:
     cdef Py_ssize_t i = block.skipped
     cdef const void *decay = tile.decay
     cdef Run run
+    cdef const float *factors = load_factors(call, head, &call.value_scales, head.value_scales,
+                                             block, nk)
     while i < nk:
         load_run(call, head, &call.value, head.value, call.v_dim, block.begin + i, nk - i,
                  tile.last_max, &run)
         call.kernels.few_accumulate(
-            tile.acc, call.acc_stride, head.S + i * tile.lanes * call.kernels.real_bytes,
-            tile.lanes, run.rows, run.stride, run.count, call.v_dim, tile.count, decay, partial,
-            run.type, run.next)
+            tile.acc, call.acc_stride, head.S + i * ld * call.kernels.real_bytes, ld, run.rows,
+            run.stride, run.count, call.v_dim, tile.count, decay, partial, run.type,
+            NULL if factors == NULL else factors + i, run.next)
         decay = NULL
         i += run.count
 
@@ -700,16 +713,26 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         find_spans(call, tile, nk)
         while not tile.allow[nk - 1]:
             nk -= 1
+    cdef Py_ssize_t ld = tile.lanes
     if call.few:
-        score_few(call, head, tile, block, nk)
+        if not partial and not call.modified and tile.count <= kernels.lanes:
+            ld = 1
+            while ld < tile.count:
+                ld *= 2
+            score_few(call, head, tile, block, nk, ld)
+            kernels.few_softmax(head.S, nk, <int>ld, tile.row_max, tile.row_sum, tile.decay)
+            accumulate_few(call, head, tile, block, nk, ld, False)
+            tile.seen |= seen
+            return
+        score_few(call, head, tile, block, nk, ld)
     else:
         if block.keys == NULL:
             load_keys(call, head, block)
         kernels.scores(head.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
                        tile.span if partial else NULL)
-    if call.key_scales.data != NULL:
-        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
-            call, head, &call.key_scales, head.key_scales, block, nk), 0)
+        if call.key_scales.data != NULL:
+            kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+                call, head, &call.key_scales, head.key_scales, block, nk), 0)
     if call.modified:
         modify_scores(call, head, tile, begin, nk)
     if bias:
@@ -721,13 +744,12 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
     kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
                     1.0 if call.modified else call.score_factor, tile.row_max, tile.row_sum,
                     tile.decay)
+    if call.few:
+        accumulate_few(call, head, tile, block, nk, ld, partial)
+        return
     if call.value_scales.data != NULL:
         kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
             call, head, &call.value_scales, head.value_scales, block, nk), 1)
-    if call.few:
-        accumulate_few(call, head, tile, block, nk, partial)
-        tile.fresh = False
-        return
     cdef const void *decay = NULL if tile.fresh else tile.decay
     cdef const qkv_span *span = tile.span if partial else NULL
     tile.fresh = False
