@@ -2,15 +2,18 @@
 
 ``python benches/decode.py`` prints, in turns within one process and medians of rounds:
 
-- the share of the read bandwidth, measured between the rounds, that a new token of long sequences reaches;
+- for a new token of long sequences, its share of the speed of a plain read of the same keys and
+  values, with the caches emptied before each;
 - the time over 1 to 64 queries (``--plot FILE.svg`` draws it, ``--json FILE`` keeps it);
-- packed sequences of very uneven lengths against the same ones one by one, and the threads' busy times;
-- pages against one piece.
+- packed sequences of very uneven lengths against the same ones one by one, and the threads'
+  busy times;
+- pages, in order and scattered, against one piece.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -23,14 +26,13 @@ import numpy as np
 import qkv_fast
 from qkv_fast import _backend, _problem
 from qkv_fast._reference import bfloat16_bits
-from qkv_fast.bench.compare import limits
 from qkv_fast.cache import quantize
 
 KINDS = ("float32", "float16", "bfloat16", "int8")
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 # batch, query heads, key heads, keys of size 128
 LONG = [(1, 32, 8, 32768), (8, 32, 8, 4096), (1, 32, 32, 32768)]
 UNEVEN = [8192, *[16] * 255]
+BEYOND_CACHES = 512 << 20
 Run = Callable[[], Any]
 
 
@@ -40,72 +42,80 @@ def tensor(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
     return bfloat16_bits(x) if kind == "bfloat16" else x.astype(kind)
 
 
-def in_turns(runs: dict[str, Run], rounds: int, between: Run | None = None) -> dict[str, float]:
+def in_turns(runs: dict[str, Run], rounds: int, before: Run | None = None) -> dict[str, float]:
     """Return the median seconds of each, taken one after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for i in range(rounds):
         for name in list(runs)[:: 1 if i % 2 else -1]:
+            if before is not None:
+                before()
             begin = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - begin)
-        if between is not None:
-            between()
     return {name: statistics.median(some) for name, some in times.items()}
 
 
-def token(kind: str, batch: int, heads: int, kv_heads: int, keys: int) -> Run:
-    """Return a call with one new token for each sequence, by KVCache for int8."""
-    rng = np.random.default_rng(0)
-    stored = "float32" if kind == "int8" else kind
-    q = tensor(rng, stored, batch, heads, 1, 128)
-    k, v = (tensor(rng, stored, batch, kv_heads, keys, 128) for _ in range(2))
-    if kind == "int8":
-        (k, ks), (v, vs) = quantize(k), quantize(v)
-        cache = qkv_fast.KVCache.from_arrays(k, v, keys, key_scales=ks, value_scales=vs)
-        return lambda: cache.attend(q)
-    dtype = "bfloat16" if kind == "bfloat16" else None
-    sdpa = qkv_fast.scaled_dot_product_attention
-    return lambda: sdpa(q, k, v, enable_gqa=True, dtype=dtype)
-
-
 def bandwidth(rounds: int) -> None:
-    """Print each long shape's share of the read bandwidth."""
-    threads = qkv_fast.get_num_threads()
-    print(
-        f"{'batch, heads, KV heads, keys':<30}{'':<10}{'ms':>8}{'GB/s':>7}{'read':>7}{'share':>7}"
-    )
-    for shape in LONG:
-        for kind in KINDS:
-            read: list[float] = []
-            seconds = in_turns(
-                {kind: token(kind, *shape)}, rounds, lambda: read.append(limits("float32", threads)[1])
-            )[kind]  # fmt: skip
-            size = 2 * shape[0] * shape[2] * shape[3] * (128 * BYTES[kind] + 4 * (kind == "int8"))
-            speed, limit = size / seconds / 1e9, statistics.median(read)
-            print(f"{shape!s:<30}{kind:<10}{seconds * 1e3:8.2f}{speed:7.1f}{limit:7.1f}"
-                  f"{speed / limit:7.2f}", flush=True)  # fmt: skip
+    """Print each long shape's share of the speed of a plain read."""
+    read, threads = _backend._native_module().read_once, qkv_fast.get_num_threads()
+    other = np.zeros(BEYOND_CACHES, np.uint8)
+    other.fill(1)
+    title = "batch, heads, KV heads, keys"
+    print(f"{title:<30}{'':<10}{'ms':>8}{'GB/s':>7}{'read':>7}{'share':>7}")
+    rng = np.random.default_rng(0)
+    for (batch, heads, kv_heads, keys), kind in itertools.product(LONG, KINDS):
+        stored = "float32" if kind == "int8" else kind
+        q = tensor(rng, stored, batch, heads, 1, 128)
+        arrays = [tensor(rng, stored, batch, kv_heads, keys, 128) for _ in range(2)]
+        scales = []
+        if kind == "int8":
+            (k, k_scales), (v, v_scales) = map(quantize, arrays)
+            arrays, scales = [k, v], [k_scales, v_scales]
+        cache = qkv_fast.KVCache.from_arrays(
+            *arrays, keys, **dict(zip(("key_scales", "value_scales"), scales, strict=False))
+        )
+        everything = [*arrays, *scales]
+        seconds = in_turns(
+            {
+                "attend": lambda cache=cache, q=q: cache.attend(q),
+                "read": lambda some=everything: read(some, threads),
+            },
+            rounds,
+            lambda: read([other], threads),
+        )
+        size = sum(x.nbytes for x in everything) / 1e9
+        shape = str((batch, heads, kv_heads, keys))
+        print(
+            f"{shape:<30}{kind:<10}{seconds['attend'] * 1e3:8.2f}{size / seconds['attend']:7.1f}"
+            f"{size / seconds['read']:7.1f}{seconds['read'] / seconds['attend']:7.2f}",
+            flush=True,
+        )
 
 
 def over_queries(rounds: int, keys: int = 4096) -> dict[str, list[float]]:
     """Print the largest step in time for a query, and return the seconds of 1 to 64 queries."""
     rng = np.random.default_rng(0)
     curves: dict[str, list[float]] = {}
+    sdpa = qkv_fast.scaled_dot_product_attention
     for kind in ("float32", "bfloat16"):
         k, v = (tensor(rng, kind, 1, 8, keys, 128) for _ in range(2))
-        queries = {str(n): tensor(rng, kind, 1, 32, n, 128) for n in range(1, 65)}
         dtype = kind if kind == "bfloat16" else None
-        seconds = in_turns(
-            {n: lambda q=q, k=k, v=v, dtype=dtype: qkv_fast.scaled_dot_product_attention(
-                q, k, v, enable_gqa=True, dtype=dtype) for n, q in queries.items()}, rounds
-        )  # fmt: skip
-        curves[kind] = list(seconds.values())
-        each = [t / (n + 1) for n, t in enumerate(curves[kind])]
-        step, at = max((after / before, n) for n, (before, after) in
-                       enumerate(zip(each, each[1:], strict=False), 1))  # fmt: skip
-        print(f"{kind}: 1 to 64 queries, {keys} keys: a query's cost rises at most {step:.2f}-fold, "
-              f"from {at} to {at + 1} queries")  # fmt: skip
+        runs: dict[str, Run] = {}
+        for n in range(1, 65):
+            q = tensor(rng, kind, 1, 32, n, 128)
+            runs[str(n)] = lambda q=q, k=k, v=v, dtype=dtype: sdpa(
+                q, k, v, enable_gqa=True, dtype=dtype
+            )
+        curves[kind] = list(in_turns(runs, rounds).values())
+        each = [t / n for n, t in enumerate(curves[kind], 1)]
+        steps = [after / before for before, after in itertools.pairwise(each)]
+        n = int(np.argmax(steps)) + 1
+        print(
+            f"{kind}: 1 to 64 queries, {keys} keys: a query's cost rises at most "
+            f"{max(steps):.2f}-fold, from {n} to {n + 1} queries"
+        )
     return curves
 
 
@@ -114,8 +124,7 @@ def packed(rounds: int) -> None:
     rng = np.random.default_rng(0)
     starts = np.concatenate([[0], np.cumsum(UNEVEN)])
     q, k, v = (tensor(rng, "float32", starts[-1], 8, 64) for _ in range(3))
-    parts = [tuple(x[a:b].swapaxes(0, 1) for x in (q, k, v))
-             for a, b in zip(starts, starts[1:], strict=False)]  # fmt: skip
+    parts = [tuple(x[a:b].swapaxes(0, 1) for x in (q, k, v)) for a, b in itertools.pairwise(starts)]
     sdpa = qkv_fast.scaled_dot_product_attention
     seconds = in_turns(
         {
@@ -132,8 +141,8 @@ def packed(rounds: int) -> None:
     for _ in range(rounds):
         busy = np.zeros(threads)
         problem = _problem.normalize_varlen(
-            q, k, v, starts, None, True, None, True, None, None, None, None, None, None, None, False,
-            threads, None,
+            q, k, v, starts, None, True, None, True, None, None, None, None, None, None, None,
+            False, threads, None,
         )  # fmt: skip
         native.run(problem, choice.tiles, choice.isa, _backend.few_share(None, choice, 0), busy)
         shares.append(busy.min() / busy.max())
@@ -143,13 +152,15 @@ def packed(rounds: int) -> None:
 def paged(rounds: int) -> None:
     """Print the time in pages against that in one piece."""
     rng = np.random.default_rng(0)
-    batch, keys = 8, 4096
-    for kind in ("float32", "bfloat16"):
+    batch, keys, sizes = 8, 4096, (16, 32, 64, 128, 256)
+    for kind, order in itertools.product(("float32", "bfloat16"), ("in order", "scattered")):
         q = tensor(rng, kind, batch, 32, 1, 128)
         k, v = (tensor(rng, kind, batch, 8, keys, 128) for _ in range(2))
         runs: dict[str, Run] = {}
-        for size in (keys, 16, 32, 64, 128, 256):
-            table = rng.permutation(batch * keys // size).reshape(batch, -1)
+        for size in (keys, *sizes):
+            count = batch * keys // size
+            table = rng.permutation(count) if order == "scattered" else np.arange(count)
+            table = table.reshape(batch, -1)
             pages = [np.empty((table.size, 8, size, 128), x.dtype) for x in (k, v)]
             for page, x in zip(pages, (k, v), strict=True):
                 page[table] = x.reshape(batch, 8, -1, size, 128).swapaxes(1, 2)
@@ -157,9 +168,9 @@ def paged(rounds: int) -> None:
                 q, *p, t, keys, dtype="bfloat16"
             )
         seconds = in_turns(runs, rounds)
-        print(f"{kind}, pages of " + ", ".join(
-            f"{size}: {t / seconds[str(keys)]:.2f}" for size, t in seconds.items() if size != str(keys)
-        ) + " of the time in one piece")  # fmt: skip
+        ratios = ", ".join(f"{size}: {seconds[str(size)] / seconds[str(keys)]:.2f}"
+                           for size in sizes)  # fmt: skip
+        print(f"{kind}, pages {order}, of {ratios} of the time in one piece")
 
 
 def draw(curves: dict[str, list[float]], file: str) -> None:
@@ -184,24 +195,24 @@ def draw(curves: dict[str, list[float]], file: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
+    parts = ("bandwidth", "queries", "packed", "paged")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=["bandwidth", "queries", "packed", "paged"])
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--plot", metavar="FILE", help="SVG of the time over the queries")
     parser.add_argument("--json", metavar="FILE", help="the same as numbers")
     options = parser.parse_args(arguments)
-    only = options.only or ["bandwidth", "queries", "packed", "paged"]
-    if "bandwidth" in only:
+    if "bandwidth" in options.only:
         bandwidth(options.rounds)
-    if "queries" in only:
+    if "queries" in options.only:
         curves = over_queries(options.rounds)
         if options.plot:
             draw(curves, options.plot)
         if options.json:
             Path(options.json).write_text(json.dumps(curves), encoding="utf-8")
-    if "packed" in only:
+    if "packed" in options.only:
         packed(options.rounds)
-    if "paged" in only:
+    if "paged" in options.only:
         paged(options.rounds)
 
 

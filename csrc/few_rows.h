@@ -2,11 +2,12 @@
  * once, in the type that it is stored in, and widened in registers. Included by tile_tmpl.h for
  * reals. S and P have the layout of tiles; Q and acc are [rows][stride].
  *
- * Such work waits for memory. Rows are asked for AHEAD bytes before they are needed, a line at a time
- * beside the arithmetic and in several rows at once. On two cores of a Granite Rapids Xeon, out of 37
- * to 39 GB/s of a plain read, 512 MB of keys (or values) of size 128: without 31 (30), 2 KiB ahead
- * 33-35 (32-36), 6000 bytes 36-39 (37-39; 32 for 4 rows on float32), a row after the other (29-31). */
-#define AHEAD 6000
+ * Such work waits for memory. Rows are asked for AHEAD bytes before they are needed: a line at a time
+ * beside the arithmetic, in several rows at once. On two cores of a Granite Rapids Xeon, as shares of
+ * the speed of a plain read, keys and values of size 128: 2 KiB ahead 0.81-0.92, 4 KB 0.83-0.96,
+ * 6000 bytes 0.92-0.98; int8 3000 bytes 0.83, 6000 0.75; every other line alone 0.5-0.8; whole groups
+ * of 4 KiB ahead 0.1 less on bfloat16. */
+#define AHEAD(type) (BYTES_OF(type) == 1 ? 3000 : 6000)
 #define CACHE_LINE 64
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
@@ -14,14 +15,20 @@
 #define FEW_SUMS 8 /* registers for the accumulators of values */
 #endif
 #define FEW_MOST (LANES < 4 ? LANES : 4) /* rows that go together */
-#define FEW_STEP(rows) ((rows) > 2 ? 2 : 4) /* values that do */
-#define FEW_KEYS 16                      /* keys that stay in L1 while all rows meet them */
+#define FEW_STEP(rows, type) ((rows) > 2 && BYTES_OF(type) < 4 ? 2 : 4) /* values that do */
+#define FEW_VALUES(type) (BYTES_OF(type) < 4 ? 16 : 8) /* and that stay in L1 while all rows meet them */
 
-/* Keys between a row and the one to ask for, a multiple of FEW_MOST. */
-INLINE ptrdiff_t rows_ahead(ptrdiff_t row_bytes)
+/* Keys between one and the one to ask for: a multiple of FEW_MOST. */
+INLINE ptrdiff_t keys_ahead(ptrdiff_t length, int type)
 {
-    const ptrdiff_t rows = AHEAD / (row_bytes > 0 ? row_bytes : 1) / FEW_MOST * FEW_MOST;
-    return rows < FEW_MOST ? FEW_MOST : rows;
+    const ptrdiff_t most = (QKV_GROUPS_AHEAD - 1) * QKV_GROUP;
+    const ptrdiff_t keys = AHEAD(type) / (length > 0 ? length * BYTES_OF(type) : 1);
+    return keys < FEW_MOST ? FEW_MOST : keys < most ? keys / FEW_MOST * FEW_MOST : most;
+}
+
+INLINE const char *key_at(const char *const *groups, ptrdiff_t stride, size_t i)
+{
+    return groups[i / QKV_GROUP] + (ptrdiff_t)(i % QKV_GROUP) * stride;
 }
 
 #ifndef HAVE_SUM_EACH
@@ -35,11 +42,11 @@ INLINE vec v_sum_each(vec x[LANES])
 }
 #endif
 
-/* LANES scores at a time: `rows` rows with LANES / rows keys, of which `live` are wanted; `ahead`: for
- * the first key, where to prefetch. A score's sum does not depend on where it is computed. */
+/* LANES scores at a time: `rows` rows with LANES / rows keys, of which `live` are wanted; `further`: the
+ * key to prefetch for the first one, unless groups is NULL. A score's sum does not depend on where it is computed. */
 INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t ld, const real *Q,
                             ptrdiff_t q_stride, const char *K, ptrdiff_t k_stride, int live,
-                            ptrdiff_t D, const float *factors, const char *ahead)
+                            ptrdiff_t D, const char *const *groups, ptrdiff_t further)
 {
     const int keys = LANES / rows, some = keys < FEW_MOST ? keys : FEW_MOST;
     const ptrdiff_t at[4] = {0, k_stride, 2 * k_stride, 3 * k_stride};
@@ -51,13 +58,14 @@ INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t l
         UNROLL for (int k = 0; k < some; k++) {                                                  \
             const char *p = K + at[k] + d * BYTES_OF(type);                                      \
             const vec key = load;                                                                \
-            if (ahead && d * BYTES_OF(type) % CACHE_LINE == 0)                                   \
+            if (groups && d * BYTES_OF(type) % CACHE_LINE == 0)                                  \
                 PREFETCH(ahead + at[k] + d * BYTES_OF(type));                                    \
             UNROLL for (int r = 0; r < rows; r++)                                                \
                 c[k * rows + r] = v_fma(q[r], key, c[k * rows + r]);                             \
         }                                                                                        \
     } while (0)
     UNROLL for (int g = 0; g < keys; g += some) {
+        const char *ahead = groups ? key_at(groups, k_stride, further + g) : NULL;
         vec c[FEW_MOST * FEW_MOST];
         UNROLL for (int i = 0; i < some * rows; i++) c[i] = v_set1(0);
         ptrdiff_t d = 0;
@@ -65,14 +73,10 @@ INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t l
         if (d < D) STEP(load_some_lanes(p, D - d, type));
         UNROLL for (int i = 0; i < some * rows; i++) x[g * rows + i] = c[i];
         K += some * k_stride;
-        if (ahead) ahead += some * k_stride;
     }
 #undef STEP
     real part[LANES];
     v_store(part, v_sum_each(x));
-    if (factors)
-        for (int k = 0; k < live; k++)
-            for (int r = 0; r < rows; r++) part[k * rows + r] *= (real)factors[k];
     if (ld == rows && live == keys) /* side by side */
         v_store(S, v_load(part));
     else
@@ -81,28 +85,25 @@ INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t l
 }
 
 INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, ptrdiff_t q_stride,
-                          const char *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows,
-                          const float *factors, const char *next)
+                          const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
+                          int rows)
 {
-    const ptrdiff_t further = rows_ahead(D * BYTES_OF(type));
-    for (ptrdiff_t k = 0; k < nk; k += FEW_KEYS) {
-        const ptrdiff_t end = nk - k < FEW_KEYS ? nk : k + FEW_KEYS;
+    const ptrdiff_t further = keys_ahead(D, type);
+    for (; nk > 0; nk -= QKV_GROUP, K++, S += QKV_GROUP * ld) {
+        const ptrdiff_t end = nk < QKV_GROUP ? nk : QKV_GROUP;
         int r = 0;
 #define ROWS(n)                                                                                  \
     do {                                                                                         \
-        ptrdiff_t i = k;                                                                         \
+        ptrdiff_t i = 0;                                                                         \
         for (; i + LANES / (n) <= end; i += LANES / (n))                                         \
             few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
-                            K + i * k_stride, k_stride, LANES / (n), D,                          \
-                            factors ? factors + i : NULL,                                        \
-                            r ? NULL : AFTER(K, k_stride, i + further));                         \
+                            K[0] + i * k_stride, k_stride, LANES / (n), D, r ? NULL : K,         \
+                            further + i);                                                        \
         for (; i < end; i++) /* the same key in all places */                                    \
             few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
-                            K + i * k_stride, 0, 1, D, factors ? factors + i : NULL, NULL);      \
+                            K[0] + i * k_stride, 0, 1, D, NULL, 0);                              \
         r += n;                                                                                  \
     } while (0)
-/* Row i of this run of nk, or of the one that follows it. */
-#define AFTER(rows, stride, i) ((i) < nk ? rows + (i) * stride : next + ((i)-nk) * stride)
         while (rows - r >= FEW_MOST) ROWS(FEW_MOST);
         if (FEW_MOST > 2 && rows - r >= 2) ROWS(2);
         if (rows - r >= 1) ROWS(1);
@@ -110,11 +111,11 @@ INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, 
     }
 }
 
-static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride, const char *K,
-                       ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows, int type,
-                       const float *factors, const char *next)
+static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
+                       const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
+                       int rows, int type)
 {
-#define TYPE(t) few_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows, factors, next)
+#define TYPE(t) few_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows)
 #if REAL_BITS == 32
     switch (type) {
     case QKV_FLOAT16: TYPE(QKV_FLOAT16); break;
@@ -129,13 +130,28 @@ static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
 #undef TYPE
 }
 
+#ifndef HAVE_REPEAT
+/* Lane i is x[i / times], times a power of 2; a whole vector from x on is readable. */
+INLINE vec v_repeat(const float *x, int times)
+{
+    real lane[LANES];
+    for (int i = 0; i < LANES; i++) lane[i] = (real)x[i / times];
+    return v_load(lane);
+}
+#endif
+
 /* The softmax of tiles (tile_tmpl.h) where S[k] is ld reals, ld a power of 2: a lane stands for a row
- * and every LANES / ld-th key, and what those lanes found is put together in the end. */
-static void few_softmax(void *S_, ptrdiff_t nk, int ld, void *row_max, void *row_sum, void *decay_)
+ * and every LANES / ld-th key, and what those lanes found is put together in the end. Scores are
+ * multiplied by key_factors before, weights by value_factors afterwards, unless those are NULL. */
+static void few_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_factors,
+                        const float *value_factors, void *row_max, void *row_sum, void *decay_)
 {
     real *S = S_, lane[2 * LANES];
     const ptrdiff_t count = nk * ld;
     vec best = v_set1(-REAL_INF), total = v_set1(0);
+    if (key_factors)
+        for (ptrdiff_t i = 0; i < count; i += LANES)
+            v_store(S + i, v_mul(v_load(S + i), v_repeat(key_factors + i / ld, ld)));
     for (ptrdiff_t i = count; i % LANES; i++) S[i] = -REAL_INF;
     for (ptrdiff_t i = 0; i < count; i += LANES) best = v_max(best, v_load(S + i));
     v_store(lane, best);
@@ -150,7 +166,7 @@ static void few_softmax(void *S_, ptrdiff_t nk, int ld, void *row_max, void *row
     for (ptrdiff_t i = 0; i < count; i += LANES) {
         const vec p = exp2_nonpositive(v_sub(v_load(S + i), each), 0);
         total = v_add(total, p);
-        v_store(S + i, p);
+        v_store(S + i, value_factors ? v_mul(p, v_repeat(value_factors + i / ld, ld)) : p);
     }
     v_store(lane, total);
     for (int n = LANES / 2; n >= ld; n /= 2)
@@ -160,29 +176,29 @@ static void few_softmax(void *S_, ptrdiff_t nk, int ld, void *row_max, void *row
     v_store(decay_, decay);
 }
 
-/* acc[r][0..nv) = acc * decay + sum_k P[k][r] V[k]; `some` > 0: elements of the only vector. */
+/* acc[r][0..nv) = acc * decay + sum_k P[k][r] V[k]; `some` > 0: elements of the only vector.
+ * The vectors begin `first` bytes into their rows. */
 INLINE void few_accumulate_tile(const int rows, const int nv, const int type, const int partial,
                                 real *acc, ptrdiff_t acc_stride, const real *P, ptrdiff_t ld,
                                 const char *V, ptrdiff_t v_stride, ptrdiff_t nk, const real *decay,
-                                const float *factors, const ptrdiff_t some, const char *ahead)
+                                const ptrdiff_t some, const char *const *groups,
+                                ptrdiff_t further, ptrdiff_t first)
 {
     const ptrdiff_t at[4] = {0, v_stride, 2 * v_stride, 3 * v_stride};
     vec c[FEW_SUMS];
     UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
-/* -0.0, an excluded key, stays what it is. */
-#define WEIGHT(k, r)                                                                             \
-    (factors && P[k * ld + r] > 0 ? P[k * ld + r] * (real)factors[k] : P[k * ld + r])
 #define KEYS(n)                                                                                  \
     do {                                                                                         \
+        const char *ahead = groups ? key_at(groups, v_stride, further) + first : NULL;           \
         vec p[4 * FEW_MOST];                                                                     \
         for (int k = 0; k < n; k++)                                                              \
-            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(WEIGHT(k, r));       \
+            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(P[k * ld + r]);      \
         UNROLL for (int v = 0; v < nv; v++) {                                                    \
             const ptrdiff_t d = v * LANES * BYTES_OF(type);                                      \
             for (int k = 0; k < n; k++) {                                                        \
                 const char *from = V + at[k] + d;                                                \
                 const vec x = some ? load_some_lanes(from, some, type) : load_lanes(from, type); \
-                if (ahead && d % CACHE_LINE == 0) PREFETCH(ahead + at[k] + d);                   \
+                if (groups && d % CACHE_LINE == 0) PREFETCH(ahead + at[k] + d);                  \
                 UNROLL for (int r = 0; r < rows; r++) {                                          \
                     const vec sum = v_fma(p[k * rows + r], x, c[r * nv + v]);                    \
                     /* An excluded key adds nothing, whatever it holds. */                       \
@@ -192,14 +208,13 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
             }                                                                                    \
         }                                                                                        \
         P += n * ld, V += n * v_stride;                                                          \
-        if (factors) factors += n;                                                               \
-        if (ahead) ahead += n * v_stride;                                                        \
+        further += n;                                                                            \
     } while (0)
     ptrdiff_t left = nk;
-    for (; left >= FEW_STEP(rows); left -= FEW_STEP(rows)) KEYS(FEW_STEP(rows));
+    for (; left >= FEW_STEP(rows, type); left -= FEW_STEP(rows, type))
+        KEYS(FEW_STEP(rows, type));
     for (; left > 0; left--) KEYS(1);
 #undef KEYS
-#undef WEIGHT
     UNROLL for (int r = 0; r < rows; r++) {
         const vec factor = v_set1(decay ? decay[r] : 1);
         UNROLL for (int v = 0; v < nv; v++) {
@@ -212,15 +227,15 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
 INLINE void few_accumulate_rows(const int rows, const int type, const int partial, real *acc,
                                 ptrdiff_t acc_stride, const real *P, ptrdiff_t ld, const char *V,
                                 ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, const real *decay,
-                                const float *factors, const char *ahead)
+                                const char *const *groups, ptrdiff_t further)
 {
     const int most = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
     ptrdiff_t d = 0;
 #define COLUMNS(nv, some)                                                                        \
     do {                                                                                         \
         few_accumulate_tile(rows, nv, type, partial, acc + d, acc_stride, P, ld,                 \
-                            V + d * BYTES_OF(type), v_stride, nk, decay, factors, some,          \
-                            ahead ? ahead + d * BYTES_OF(type) : NULL);                          \
+                            V + d * BYTES_OF(type), v_stride, nk, decay, some, groups, further,  \
+                            d * BYTES_OF(type));                                                 \
         d += (nv) * LANES;                                                                       \
     } while (0)
     while (d + most * LANES <= Dv) COLUMNS(most, 0);
@@ -232,24 +247,24 @@ INLINE void few_accumulate_rows(const int rows, const int type, const int partia
 }
 
 INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrdiff_t acc_stride,
-                              const real *P, ptrdiff_t ld, const char *V, ptrdiff_t v_stride,
-                              ptrdiff_t nk, ptrdiff_t Dv, int rows, const real *decay,
-                              const float *factors, const char *next)
+                              const real *P, ptrdiff_t ld, const char *const *V,
+                              ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
+                              const real *decay)
 {
-    const ptrdiff_t further = rows_ahead(Dv * BYTES_OF(type));
-    for (ptrdiff_t k = 0; k < nk; k += FEW_KEYS) {
-        const ptrdiff_t n = nk - k < FEW_KEYS ? nk - k : FEW_KEYS;
+    const ptrdiff_t further = keys_ahead(Dv, type);
+    for (ptrdiff_t k = 0; k < nk; k += FEW_VALUES(type)) {
+        const ptrdiff_t n = nk - k < FEW_VALUES(type) ? nk - k : FEW_VALUES(type);
+        const char *const *group = V + k / QKV_GROUP;
+        const ptrdiff_t at = k % QKV_GROUP;
         int r = 0;
 #define ROWS(count)                                                                              \
     do {                                                                                         \
         few_accumulate_rows(count, type, partial, acc + r * acc_stride, acc_stride,              \
-                            P + k * ld + r, ld, V + k * v_stride, v_stride, n, Dv,               \
-                            decay && k == 0 ? decay + r : NULL,                                  \
-                            factors ? factors + k : NULL,                                        \
-                            r ? NULL : AFTER(V, v_stride, k + further));                         \
+                            P + k * ld + r, ld, group[0] + at * v_stride, v_stride, n, Dv,       \
+                            decay && k == 0 ? decay + r : NULL, r ? NULL : group, further + at); \
         r += count;                                                                              \
     } while (0)
-        while (FEW_MOST > 2 && BYTES_OF(type) < 4 && rows - r >= FEW_MOST) ROWS(FEW_MOST);
+        while (FEW_MOST > 2 && rows - r >= FEW_MOST) ROWS(FEW_MOST);
         while (rows - r >= 2) ROWS(2);
         if (rows - r >= 1) ROWS(1);
 #undef ROWS
@@ -257,18 +272,17 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
 }
 
 static void few_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
-                           const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
-                           const void *decay, int partial, int type, const float *factors,
-                           const char *next)
+                           const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
+                           int rows, const void *decay, int partial, int type)
 {
+#define OF(t, some)                                                                              \
+    few_accumulate_of(t, some, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay)
 #define TYPE(t)                                                                                  \
     do {                                                                                         \
         if (partial)                                                                             \
-            few_accumulate_of(t, 1, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay,    \
-                              factors, next);                                                             \
+            OF(t, 1);                                                                            \
         else                                                                                     \
-            few_accumulate_of(t, 0, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay,    \
-                              factors, next);                                                             \
+            OF(t, 0);                                                                            \
     } while (0)
 #if REAL_BITS == 32
     switch (type) {
@@ -282,4 +296,5 @@ static void few_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdi
     TYPE(QKV_FLOAT64);
 #endif
 #undef TYPE
+#undef OF
 }

@@ -24,6 +24,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define QKV_GROUP 16       /* keys that few_rows.h wants side by side */
+#define QKV_GROUPS_AHEAD 4 /* of which it asks where the next ones lie */
+
 typedef struct {
     int begin, end;
 } qkv_span;
@@ -105,19 +108,21 @@ typedef struct {
     /* The kernels for few rows (few_rows.h); NULL where operands are no reals. S and P have rows of
      * ld reals: whole vectors, so that the kernels above go between these; or for the softmax
      * here, where all rows see all keys, the power of 2 that holds the rows, up to `lanes`.
-     * Q and acc are [rows][stride] reals, padded with zeros to whole vectors; K and V of any
-     * `type` that real can hold, with unit stride along their rows; factors of their rows or NULL.
-     *     S[k][r]   = sum_d K[k][d] * Q[r][d] * factors[k]
-     *     acc[r][:] = acc[r][:] * decay[r] + sum_k P[k][r] * factors[k] * V[k][:]; no decay: 1
-     * partial: some key is excluded from some row. next: where the rows after these lie. */
-    void (*few_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride, const char *K,
-                       ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D, int rows, int type,
-                       const float *factors, const char *next);
-    void (*few_softmax)(void *S, ptrdiff_t nk, int ld, void *row_max, void *row_sum, void *decay);
+     * Q and acc are [rows][stride] reals, padded with zeros to whole vectors. K and V are of any
+     * `type` that real can hold, with unit stride along their rows; K[i] is where key
+     * i * QKV_GROUP lies and those of its group follow. After the last group come QKV_GROUPS_AHEAD
+     * addresses of what is wanted next, to be fetched or not.
+     *     S[k][r]   = sum_d K[k][d] * Q[r][d]
+     *     acc[r][:] = acc[r][:] * decay[r] + sum_k P[k][r] * V[k][:]; no decay: 1
+     * partial: some key is excluded from some row. */
+    void (*few_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
+                       const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
+                       int rows, int type);
+    void (*few_softmax)(void *S, ptrdiff_t nk, int ld, const float *key_factors,
+                        const float *value_factors, void *row_max, void *row_sum, void *decay);
     void (*few_accumulate)(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
-                           const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
-                           const void *decay, int partial, int type, const float *factors,
-                           const char *next);
+                           const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
+                           int rows, const void *decay, int partial, int type);
 
     /* Between n elements of a 16-bit type (or int8, widen alone) and floats, both of unit stride;
      * NULL for double. */

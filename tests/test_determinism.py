@@ -60,8 +60,8 @@ def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, d
 def test_few_rows_whose_keys_are_split(engine, rng, dtype, options, q_len):
     """Chunks of keys are tasks: neither threads nor the batch change how they are merged."""
     q, k, v = make(rng, (3, 4, 2, q_len, 4500, 40, 24), dtype)
-    lengths = [4500, 1025, 3]
-    options = options | {"enable_gqa": True, "query_offset": [4497, 1022, 0]}
+    lengths = [4500, 2049, 3]
+    options = options | {"enable_gqa": True, "query_offset": [4497, 2046, 0]}
     one, lse = sdpa(q, k, v, key_lengths=lengths, num_threads=1, return_lse=True, **options)
     for threads in (2, 3, 4):
         many = sdpa(q, k, v, key_lengths=lengths, num_threads=threads, return_lse=True, **options)

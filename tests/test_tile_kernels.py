@@ -434,6 +434,12 @@ def rows_of(rng: np.random.Generator, n: int, d: int, code: int) -> np.ndarray:
     return whole[:, :d]
 
 
+def groups(x: np.ndarray) -> np.ndarray:
+    """Return where each 16 rows begin, and four times the last of those."""
+    begins = x.ctypes.data + np.arange(-(-len(x) // 16)) * 16 * x.strides[0]
+    return np.append(begins, np.repeat(begins[-1:], 4)).astype(np.uintp)
+
+
 def padded(table: Table, x: np.ndarray) -> np.ndarray:
     """Return rows of the table's reals with zeros up to whole vectors."""
     wide = np.zeros((len(x), -(-x.shape[1] // table.lanes) * table.lanes), real(table))
@@ -449,16 +455,15 @@ def test_few_scores(table, rng, d):
             for nk in (1, 2, 5, 16, 17, 40):
                 q = rng.standard_normal((rows, d)).astype(real(table))
                 key, wide = rows_of(rng, nk, d, code), padded(table, q)
-                factors = rng.random(nk).astype(np.float32) if code == INT8 else np.ones(nk, "f4")
+                at = groups(key)
                 got = np.full((nk + 1, ld), GUARD, real(table))
                 table.few_scores(
-                    address(got), ld, address(wide), wide.shape[1], address(key), key.strides[0],
-                    nk, d, rows, code, address(factors) if code == INT8 else None,
-                    address(key) + nk * key.strides[0],
+                    address(got), ld, address(wide), wide.shape[1], address(at), key.strides[0],
+                    nk, d, rows, code,
                 )  # fmt: skip
                 assert (got[nk:] == GUARD).all()
                 assert (got[:, rows:] == GUARD).all()
-                exact = key.astype(float) @ q.T.astype(float) * factors[:, None]
+                exact = key.astype(float) @ q.T.astype(float)
                 eps = np.finfo(real(table)).eps * d * 10
                 np.testing.assert_allclose(got[:nk, :rows], exact, rtol=eps, atol=eps * 10)
 
@@ -468,13 +473,14 @@ def test_a_score_of_few_rows_does_not_depend_on_its_place(table, rng):
     wide, code = padded(table, q), FLOAT32 if table.real_bytes == 4 else FLOAT64
     ld = -(-7 // table.lanes) * table.lanes
     all_of = np.zeros((33, ld), real(table))
-    table.few_scores(address(all_of), ld, address(wide), wide.shape[1], address(key),
-                     key.strides[0], 33, 70, 7, code, None, address(key))  # fmt: skip
+    at = groups(key)
+    table.few_scores(address(all_of), ld, address(wide), wide.shape[1], address(at),
+                     key.strides[0], 33, 70, 7, code)  # fmt: skip
     for k in range(33):
         for r in range(7):
-            one = np.zeros((1, ld), real(table))
-            table.few_scores(address(one), ld, address(wide[r]), wide.shape[1], address(key[k]),
-                             key.strides[0], 1, 70, 1, code, None, address(key))  # fmt: skip
+            one, at = np.zeros((1, ld), real(table)), groups(key[k : k + 1])
+            table.few_scores(address(one), ld, address(wide[r]), wide.shape[1], address(at),
+                             key.strides[0], 1, 70, 1, code)  # fmt: skip
             assert one[0, 0] == all_of[k, r]
 
 
@@ -487,27 +493,20 @@ def test_few_accumulate(table, rng, dv, partial):
             for nk in (1, 3, 16, 21):
                 value = rows_of(rng, nk, dv, code)
                 p = rng.random((nk, ld)).astype(real(table))
-                factors = rng.random(nk).astype(np.float32) if code == INT8 else np.ones(nk, "f4")
                 if partial:
                     p[rng.random(p.shape) < 0.3] = -0.0
-                exact_v = value.astype(float) * factors[:, None]
-                if partial:  # an excluded key, and its factor, may hold anything
+                exact_v, at = value.astype(float), groups(value)
+                if partial and code != INT8:  # an excluded key may hold anything
                     p[0, :rows] = -0.0
-                    exact_v[0] = 0
-                    if code == INT8:
-                        factors[0] = np.nan
-                    else:
-                        value[0] = np.nan
+                    value[0], exact_v[0] = np.nan, 0
                 before = rng.standard_normal((rows, dv)).astype(real(table))
                 acc = np.vstack([padded(table, before), np.full((1, 1), GUARD)
                                  .repeat(padded(table, before).shape[1], 1)])  # fmt: skip
                 acc = np.ascontiguousarray(acc, real(table))
                 decay = rng.random(rows).astype(real(table))
                 table.few_accumulate(
-                    address(acc), acc.shape[1], address(p), ld, address(value), value.strides[0],
+                    address(acc), acc.shape[1], address(p), ld, address(at), value.strides[0],
                     nk, dv, rows, address(decay), partial, code,
-                    address(factors) if code == INT8 else None,
-                    address(value) + nk * value.strides[0],
                 )  # fmt: skip
                 assert (acc[rows] == GUARD).all()
                 exact = (
@@ -521,37 +520,45 @@ def test_few_accumulate(table, rng, dv, partial):
 def test_few_accumulate_without_decay_adds(table):
     code = FLOAT32 if table.real_bytes == 4 else FLOAT64
     value, p = np.ones((3, 8), real(table)), np.ones((3, table.lanes), real(table))
-    acc = padded(table, np.full((1, 8), 5.0))
-    table.few_accumulate(address(acc), acc.shape[1], address(p), table.lanes, address(value),
-                         value.strides[0], 3, 8, 1, None, 0, code, None, address(value))  # fmt: skip
+    acc, at = padded(table, np.full((1, 8), 5.0)), groups(value)
+    table.few_accumulate(address(acc), acc.shape[1], address(p), table.lanes, address(at),
+                         value.strides[0], 3, 8, 1, None, 0, code)  # fmt: skip
     assert (acc[:, :8] == 8).all()
 
 
-def test_few_softmax(table, rng):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_few_softmax(table, rng, scaled):
     """Two blocks, one after the other: the second's sums go on from the first's."""
     ld = 1
     while ld <= table.lanes:
         for nk in (1, 3, 16, 37, 64):
             blocks = rng.standard_normal((2, nk, ld)) * 5
+            factors = np.ones((2, 2, nk + table.lanes), np.float32)
+            factors[:, :, nk:] = np.nan
+            if scaled:
+                factors[:, :, :nk] = rng.random((2, 2, nk)) + 0.5
             top, total = (np.full(table.lanes, x, real(table)) for x in (-3e38, 0))
             weights = []
-            for block in blocks:
+            for block, some in zip(blocks, factors, strict=True):
                 s = np.full(nk * ld + 2 * table.lanes, GUARD, real(table))
                 s[: nk * ld] = block.ravel()
                 decay = np.empty(table.lanes, real(table))
-                table.few_softmax(address(s), nk, ld, address(top), address(total), address(decay))
+                table.few_softmax(
+                    address(s), nk, ld, *(address(x) if scaled else None for x in some),
+                    address(top), address(total), address(decay),
+                )  # fmt: skip
                 assert (s[nk * ld + table.lanes :] == GUARD).all()
                 weights.append(s[: nk * ld].reshape(nk, ld).astype(float))
-            both = blocks.astype(real(table)).astype(float)
+            keys, values = factors[:, :, :nk, None].swapaxes(0, 1).astype(float)
+            both = blocks.astype(real(table)).astype(float) * keys
             exact_top = both.max((0, 1))
-            eps = np.finfo(real(table)).eps * 40
-            np.testing.assert_array_equal(top[:ld], exact_top)
+            eps = np.finfo(real(table)).eps * 80
+            np.testing.assert_allclose(top[:ld], exact_top, rtol=eps)
             np.testing.assert_allclose(decay[:ld], np.exp2(both[0].max(0) - exact_top), rtol=eps)
-            np.testing.assert_allclose(weights[1], np.exp2(both[1] - exact_top), rtol=eps)
-            np.testing.assert_allclose(
-                weights[0] * decay[:ld], np.exp2(both[0] - exact_top), rtol=eps
-            )
-            np.testing.assert_allclose(total[:ld], np.exp2(both - exact_top).sum((0, 1)), rtol=eps)
+            exact = np.exp2(both - exact_top)
+            np.testing.assert_allclose(weights[1], exact[1] * values[1], rtol=eps)
+            np.testing.assert_allclose(weights[0] * decay[:ld], exact[0] * values[0], rtol=eps)
+            np.testing.assert_allclose(total[:ld], exact.sum((0, 1)), rtol=eps)
         ld *= 2
 
 

@@ -87,6 +87,13 @@ VOCABULARY vec v_sum_each(vec x[LANES])
     return v_add(_mm256_permute2f128_ps(z[0], z[1], 0x20),
                  _mm256_permute2f128_ps(z[0], z[1], 0x31));
 }
+#define HAVE_REPEAT
+VOCABULARY vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
+{
+    const __m256i i = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_srl_epi32(i, shift));
+}
 VOCABULARY vec v_load_half(const char *p)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));

@@ -123,6 +123,13 @@ VOCABULARY vec v_sum_each(vec x[LANES])
                      _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xdd));
     return v_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
 }
+#define HAVE_REPEAT
+VOCABULARY vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
+{
+    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(i, shift), _mm512_loadu_ps(x));
+}
 VOCABULARY vec v_load_half(const char *p)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));

@@ -58,18 +58,19 @@ cdef extern from "tile_kernels.h" nogil:
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
-        void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *, Py_ssize_t,
-                           Py_ssize_t, Py_ssize_t, int, int, const float *,
-                           const char *) noexcept nogil
-        void (*few_softmax)(void *, Py_ssize_t, int, void *, void *, void *) noexcept nogil
-        void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char *,
-                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int, int,
-                               const float *, const char *) noexcept nogil
+        void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
+                           Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
+        void (*few_softmax)(void *, Py_ssize_t, int, const float *, const float *, void *, void *,
+                            void *) noexcept nogil
+        void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
+                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int,
+                               int) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
         int fma_chain_flop
 
+    int QKV_GROUP, QKV_GROUPS_AHEAD
     const qkv_tile_kernels *qkv_tile_table(int index, int operand)
     const char *qkv_isa_name(int index)
     int qkv_isa_runs(int index)
@@ -107,12 +108,15 @@ cdef extern from *:
     const char *QKV_COMPILER
     double FLT_MAX, DBL_MAX
     int64_t take_one "__sync_sub_and_fetch"(int64_t *, int64_t) nogil
+    void prefetch "__builtin_prefetch"(const void *) nogil
 
 cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
     MAX_VECTORS = 32    # of a tile: two doubles each at least
     PACKED_STEP = 32    # what pack_values rounds both axes up to
     MAX_BLOCK_K = 256
+    MAX_BLOCK_K_FEW = 64
+    MAX_GROUPS = 8      # of such a block, and QKV_GROUPS_AHEAD
     MAX_TABLES = 8
     ALIGNMENT = 64
 
@@ -127,7 +131,7 @@ cdef double LN2 = 0.69314718055994530942
 cdef Py_ssize_t BLOCK_K = 128
 cdef Py_ssize_t BLOCK_K_MATRIX = 256
 cdef Py_ssize_t LARGE = 128
-cdef Py_ssize_t BLOCK_K_FEW = 64        # a tenth faster than 128 on float32 from memory, alike on others
+cdef Py_ssize_t BLOCK_K_FEW = MAX_BLOCK_K_FEW        # a tenth faster than 128 on float32 from memory, alike on others
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
@@ -136,7 +140,7 @@ cdef Py_ssize_t FEW_MOST = 32
 
 # Keys of a task where rows are few: short enough for many threads to share one sequence, so long
 # that merging the parts is nothing beside reading them.
-cdef Py_ssize_t CHUNK = 1024
+cdef Py_ssize_t CHUNK = 2048
 
 # Rows of the tiles that run in step over the key blocks, where a block must be made ready for them
 # or a head's keys and values are more than SHARED_KEYS bytes, about what stays in a core's L2: a
@@ -182,7 +186,8 @@ cdef struct Call:
     int64_t left, right
     # A thread's scratch: S, gathered rows, key rows, value rows, packed values, factors, then for
     # each tile of a task Tile, Qt (or Q) and acc.
-    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, tiles_at, acc_at, tile_bytes
+    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, value_factors_at
+    Py_ssize_t tiles_at, acc_at, tile_bytes
     Py_ssize_t scratch_bytes
     Py_ssize_t q_stride, acc_stride     # reals in a row of Q and of acc, where rows are few
 
@@ -361,7 +366,7 @@ cdef void gather_keys(const Call *call, const Head *head, const Operand *operand
         count = nk - i
         source = find_rows(call, head, operand, rows, begin + i, &count)
         for j in range(count):
-            if operand.direct:
+            if operand.direct and operand.type == call.kernels.operand:
                 memcpy(row, source, bytes)
             else:
                 read_row(call, row, operand, source, length)
@@ -411,9 +416,10 @@ cdef void load_value_rows(const Call *call, const Head *head, Block *block) noex
 
 
 cdef const float *load_factors(const Call *call, const Head *head, const Operand *scales,
-                               char *rows, const Block *block, Py_ssize_t nk) noexcept nogil:
-    """The factors of a block's rows, one after another; NULL: there are none."""
-    cdef float *factors = <float *>(head.S + call.factors_at)
+                               char *rows, const Block *block, Py_ssize_t nk,
+                               Py_ssize_t at) noexcept nogil:
+    """The factors of a block's rows, one after another in the scratch; NULL: there are none."""
+    cdef float *factors = <float *>(head.S + at)
     cdef Py_ssize_t i, count
     cdef const char *source
     if scales.data == NULL:
@@ -427,6 +433,10 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
         if scales.row == sizeof(float):
             memcpy(&factors[i], source, count * sizeof(float))
             i += count
+            while count > 0:            # the next block's
+                count -= <Py_ssize_t>(ALIGNMENT // sizeof(float))
+                source += ALIGNMENT
+                prefetch(source + nk * sizeof(float))
             continue
         while count > 0:
             memcpy(&factors[i], source, sizeof(float))
@@ -436,66 +446,83 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
     return factors
 
 
-cdef struct Run:                        # rows of keys or values that few_rows.h takes at once
-    const char *rows
-    const char *next                    # where those after them lie
-    Py_ssize_t count, stride
+cdef struct Groups:                     # keys or values as few_rows.h takes them
+    const char *rows[MAX_GROUPS]
+    Py_ssize_t stride
     int type
 
 
-cdef void load_run(const Call *call, const Head *head, const Operand *operand, char *rows,
-                   Py_ssize_t length, int64_t begin, Py_ssize_t count, int64_t last,
-                   Run *run) noexcept nogil:
-    """The rows of at most count keys: in place where they lie side by side and can be widened."""
-    cdef Py_ssize_t one = 1
-    run.count = count
-    run.rows = find_rows(call, head, operand, rows, begin, &run.count)
-    run.next = run.rows + run.count * operand.row
-    if begin + run.count <= last:
-        run.next = find_rows(call, head, operand, rows, begin + run.count, &one)
-    run.stride = operand.row
-    run.type = operand.type
-    if operand.direct:
+cdef bint find_groups(const Call *call, const Head *head, const Operand *operand, char *rows,
+                      int64_t begin, Py_ssize_t nk, int64_t last, Groups *groups) noexcept nogil:
+    """Where each group of keys lies and those that follow up to key last; False: one is split."""
+    cdef Py_ssize_t page_size = call.page_size, slot, i, step = QKV_GROUP * operand.row
+    cdef int count = <int>((nk + QKV_GROUP - 1) // QKV_GROUP), g
+    cdef const int64_t *page
+    cdef char *source
+    if head.pages == NULL:
+        source = rows + begin * operand.row
+        for g in range(count + QKV_GROUPS_AHEAD):
+            groups.rows[g] = source
+            source += step
+        return True
+    page = head.pages + begin // page_size
+    slot = begin % page_size
+    source = rows + page[0] * operand.batch_strides[0] + slot * operand.row
+    for g in range(count + QKV_GROUPS_AHEAD):
+        groups.rows[g] = source
+        i = g * QKV_GROUP
+        if i < nk and slot + min(<Py_ssize_t>QKV_GROUP, nk - i) > page_size:
+            return False
+        if begin + i + QKV_GROUP > last:
+            continue                    # the last one again and again
+        slot += QKV_GROUP
+        source += step
+        if slot >= page_size:
+            page += slot // page_size
+            slot %= page_size
+            source = rows + page[0] * operand.batch_strides[0] + slot * operand.row
+    return True
+
+
+cdef void load_groups(const Call *call, const Head *head, const Operand *operand, char *rows,
+                      Py_ssize_t length, int64_t begin, Py_ssize_t nk, int64_t last,
+                      Groups *groups) noexcept nogil:
+    """In place where each group lies in one page and can be widened; else gathered as reals."""
+    cdef char *row = head.S + call.keys_at
+    cdef int g
+    groups.stride = operand.row
+    groups.type = operand.type
+    if operand.direct and find_groups(call, head, operand, rows, begin, nk, last, groups):
         return
-    run.type = call.kernels.operand
-    run.stride = length * call.operand_bytes
-    gather_keys(call, head, operand, rows, begin, run.count, length, head.S + call.keys_at,
-                run.stride)
-    run.rows = run.next = head.S + call.keys_at
+    groups.stride = length * call.operand_bytes
+    groups.type = call.kernels.operand
+    gather_keys(call, head, operand, rows, begin, nk, length, row, groups.stride)
+    for g in range((nk + QKV_GROUP - 1) // QKV_GROUP + QKV_GROUPS_AHEAD):
+        groups.rows[g] = row
+        if g * QKV_GROUP < nk:
+            row += QKV_GROUP * groups.stride
 
 
 cdef void score_few(const Call *call, const Head *head, Tile *tile, const Block *block,
                     Py_ssize_t nk, Py_ssize_t ld) noexcept nogil:
-    cdef Py_ssize_t i = block.skipped
-    cdef Run run
-    cdef const float *factors = load_factors(call, head, &call.key_scales, head.key_scales, block,
-                                             nk)
-    while i < nk:
-        load_run(call, head, &call.key, head.key, call.head_dim, block.begin + i, nk - i,
-                 tile.last_max, &run)
-        call.kernels.few_scores(head.S + i * ld * call.kernels.real_bytes, ld, tile.Qt,
-                                call.q_stride, run.rows, run.stride, run.count, call.head_dim,
-                                tile.count, run.type, NULL if factors == NULL else factors + i,
-                                run.next)
-        i += run.count
+    cdef Groups groups
+    nk -= block.skipped
+    load_groups(call, head, &call.key, head.key, call.head_dim, block.begin + block.skipped, nk,
+                tile.last_max, &groups)
+    call.kernels.few_scores(head.S + block.skipped * ld * call.kernels.real_bytes, ld, tile.Qt,
+                            call.q_stride, groups.rows, groups.stride, nk, call.head_dim,
+                            tile.count, groups.type)
 
 
 cdef void accumulate_few(const Call *call, const Head *head, Tile *tile, const Block *block,
                          Py_ssize_t nk, Py_ssize_t ld, bint partial) noexcept nogil:
-    cdef Py_ssize_t i = block.skipped
-    cdef const void *decay = tile.decay
-    cdef Run run
-    cdef const float *factors = load_factors(call, head, &call.value_scales, head.value_scales,
-                                             block, nk)
-    while i < nk:
-        load_run(call, head, &call.value, head.value, call.v_dim, block.begin + i, nk - i,
-                 tile.last_max, &run)
-        call.kernels.few_accumulate(
-            tile.acc, call.acc_stride, head.S + i * ld * call.kernels.real_bytes, ld, run.rows,
-            run.stride, run.count, call.v_dim, tile.count, decay, partial, run.type,
-            NULL if factors == NULL else factors + i, run.next)
-        decay = NULL
-        i += run.count
+    cdef Groups groups
+    nk -= block.skipped
+    load_groups(call, head, &call.value, head.value, call.v_dim, block.begin + block.skipped, nk,
+                tile.last_max, &groups)
+    call.kernels.few_accumulate(
+        tile.acc, call.acc_stride, head.S + block.skipped * ld * call.kernels.real_bytes, ld,
+        groups.rows, groups.stride, nk, call.v_dim, tile.count, tile.decay, partial, groups.type)
 
 
 cdef void pack_values(const Call *call, const Head *head, Block *block, const char *rows,
@@ -720,7 +747,13 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
             while ld < tile.count:
                 ld *= 2
             score_few(call, head, tile, block, nk, ld)
-            kernels.few_softmax(head.S, nk, <int>ld, tile.row_max, tile.row_sum, tile.decay)
+            kernels.few_softmax(
+                head.S, nk, <int>ld,
+                load_factors(call, head, &call.key_scales, head.key_scales, block, nk,
+                             call.factors_at),
+                load_factors(call, head, &call.value_scales, head.value_scales, block, nk,
+                             call.value_factors_at),
+                tile.row_max, tile.row_sum, tile.decay)
             accumulate_few(call, head, tile, block, nk, ld, False)
             tile.seen |= seen
             return
@@ -730,9 +763,9 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
             load_keys(call, head, block)
         kernels.scores(head.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
                        tile.span if partial else NULL)
-        if call.key_scales.data != NULL:
-            kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
-                call, head, &call.key_scales, head.key_scales, block, nk), 0)
+    if call.key_scales.data != NULL:
+        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+            call, head, &call.key_scales, head.key_scales, block, nk, call.factors_at), 0)
     if call.modified:
         modify_scores(call, head, tile, begin, nk)
     if bias:
@@ -744,12 +777,12 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
     kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
                     1.0 if call.modified else call.score_factor, tile.row_max, tile.row_sum,
                     tile.decay)
+    if call.value_scales.data != NULL:
+        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+            call, head, &call.value_scales, head.value_scales, block, nk, call.factors_at), 1)
     if call.few:
         accumulate_few(call, head, tile, block, nk, ld, partial)
         return
-    if call.value_scales.data != NULL:
-        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
-            call, head, &call.value_scales, head.value_scales, block, nk), 1)
     cdef const void *decay = NULL if tile.fresh else tile.decay
     cdef const qkv_span *span = tile.span if partial else NULL
     tile.fresh = False
@@ -1239,40 +1272,47 @@ def fma_peak(int threads, double seconds=0.2, int type=QKV_FLOAT32, isa=None):
 
 cdef struct Memory:
     const uint64_t *words
-    Py_ssize_t count                    # of a task
+    Py_ssize_t count
 
 
+cdef Py_ssize_t WORDS_PER_TASK = 1 << 17
 cdef uint64_t memory_sum = 0
 
 
 cdef void run_read_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
     cdef const Memory *memory = <const Memory *>context
-    cdef const uint64_t *words = memory.words + task * memory.count
+    cdef Py_ssize_t i = task * WORDS_PER_TASK
     cdef uint64_t total = 0
-    cdef Py_ssize_t i
     global memory_sum
-    for i in range(memory.count):
-        total += words[i]
-    if total != 0:      # never, but the compiler can't know
-        memory_sum += total
+    for i in range(i, min(memory.count, i + WORDS_PER_TASK)):
+        total += memory.words[i]
+    memory_sum += total     # whatever it is: so that the compiler leaves the loop in
+
+
+def read_once(arrays, int threads):
+    """Seconds in which the threads read contiguous arrays from end to end, and do nothing else."""
+    cdef Memory memory
+    cdef cnp.ndarray array
+    begin = time.perf_counter()
+    for array in arrays:
+        memory.words = <const uint64_t *>cnp.PyArray_DATA(array)
+        memory.count = cnp.PyArray_NBYTES(array) // 8
+        with nogil:
+            qkv_run_tasks(run_read_task, &memory,
+                          (memory.count + WORDS_PER_TASK - 1) // WORDS_PER_TASK, threads)
+    return time.perf_counter() - begin
 
 
 def read_bandwidth(int threads, double seconds=0.2, Py_ssize_t megabytes=256):
-    """GB/s at which the threads read memory, each its own part of so much: the other limit."""
+    """GB/s at which the threads read so much memory, again and again: the other limit."""
     cdef cnp.npy_intp size = megabytes << 17
     cdef cnp.ndarray array = cnp.PyArray_ZEROS(1, &size, cnp.NPY_UINT64, 0)
-    cdef Memory memory
     array.fill(0)       # touched, so that each page is memory of its own
-    memory.words = <const uint64_t *>cnp.PyArray_DATA(array)
-    memory.count = 1 << 17
     rounds = 0
-    begin = time.perf_counter()
     elapsed = 0.0
     while elapsed < seconds:
-        with nogil:
-            qkv_run_tasks(run_read_task, &memory, megabytes, threads)
+        elapsed += read_once([array], threads)
         rounds += 1
-        elapsed = time.perf_counter() - begin
     return rounds * megabytes * 2.0 ** 20 / elapsed / 1e9
 
 
@@ -1416,7 +1456,9 @@ cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
     call.factors_at = call.packed_at
     if kernels.pack_values != NULL:
         call.factors_at += round_up(v_depth * call.packed_stride)
-    call.tiles_at = call.factors_at + round_up(keys * sizeof(float))
+    cdef Py_ssize_t factors = round_up((keys + kernels.lanes) * sizeof(float))
+    call.value_factors_at = call.factors_at + factors
+    call.tiles_at = call.value_factors_at + factors
     call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
     call.tile_bytes = call.acc_at + round_up(v_depth * row_bytes)
     call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.tile_bytes
