@@ -1,6 +1,7 @@
-"""Figures of a comparison as a page with plots: docs/benchmarks.md.
+"""Figures of a comparison as pages: docs/benchmarks.md with plots, docs/decode.md.
 
-``python benches/peers.py --json run.json && python benches/report.py run.json``
+``python benches/peers.py --json run.json && python benches/report.py run.json``, and the same with
+``--shapes decode`` for the second page.
 """
 
 from __future__ import annotations
@@ -106,23 +107,70 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def page(result: dict[str, Any], folder: Path) -> str:
-    """Draw the plots and return the page's text."""
-    machine, rows = result["machine"], result["rows"]
+def decode_table(rows: list[Row]) -> list[str]:
+    """Return a Markdown table of rows with few queries: times, and how fast memory is read."""
+    peers = [name for name in NAMES if any(name in row["seconds"] for row in rows)]
+    lines = [
+        "| batch, key heads, keys | queries | "
+        + " | ".join(NAMES[name] for name in peers)
+        + " | GB/s | of | to the best peer |",
+        "|---|---|" + "---|" * (len(peers) + 3),
+    ]
+    for row in rows:
+        s, seconds = row["shape"], row["seconds"]
+        cells = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "-" for name in peers]
+        speed = (
+            f"{row['read_gigabytes'] / seconds['qkv_fast']:.0f}" if "qkv_fast" in seconds else "-"
+        )
+        ratio = best_ratio(row)
+        lines.append(
+            f"| {s['batch']}, {s['num_kv_heads']}, {s['kv_len']} | {s['q_len']} "
+            f"| {' | '.join(cells)} | {speed} | {row['read_gb_per_s']:.0f} "
+            f"| {'-' if ratio is None else f'{ratio:.2f}'} |"
+        )
+    return lines
+
+
+def preface(result: dict[str, Any], title: str) -> list[str]:
+    """Return a page's first lines: where its figures come from."""
+    machine = result["machine"]
     versions = ", ".join(
         f"{NAMES[name]} {version}" for name, version in machine["versions"].items() if version
     )
     config = machine["config"]
-    lines = [
-        "# Benchmarks",
+    return [
+        f"# {title}",
         "",
         "Written by `benches/report.py` from one run of `benches/peers.py`; do not edit.",
         "",
         f"{machine['date']}, {machine.get('model name', config['platform'])} (family "
         f"{machine.get('cpu family', '?')}, model {machine.get('model', '?')}), "
-        f"{rows[0]['threads']} threads, {machine['system']}; {config['compiler']}.",
+        f"{result['rows'][0]['threads']} threads, {machine['system']}; {config['compiler']}.",
         f"{versions}.",
         "",
+    ]
+
+
+def decode_page(result: dict[str, Any]) -> str:
+    """Return the text of the page on few queries against many keys."""
+    lines = preface(result, "Decoding") + [
+        "Microseconds of a call with few queries for each of 32 query heads of size 128: each "
+        "library in a process of its own, in turns; medians of rounds. Every answer was held "
+        "against float64 first. GB/s: keys and values read, by qkv_fast; of: reading memory "
+        "(256 MB, some of it from the last cache), measured beside each row. What fits in the "
+        "caches is read faster than that.",
+        "",
+    ]  # fmt: skip
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        lines += [f"## {dtype}", ""]
+        lines += [*decode_table([row for row in result["rows"] if row["dtype"] == dtype]), ""]
+    return "\n".join(lines)
+
+
+def page(result: dict[str, Any], folder: Path) -> str:
+    """Draw the plots and return the page's text."""
+    rows = result["rows"]
+    lines = preface(result, "Benchmarks") + [
         "GFLOP/s: 4·B·H·Lq·Lk·D operations, half of that when causal. Each library runs in a "
         "process of its own, in turns; medians of rounds. Every answer was held against float64 "
         "first. Peak: multiply-adds in registers with the instructions that qkv_fast uses for "
@@ -151,8 +199,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     mpl.rcParams["svg.hashsalt"] = "qkv_fast"
     result = json.loads(Path(options.json).read_text(encoding="utf-8"))
-    text = page(result, options.docs)
-    (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    decoding = [row for row in result["rows"] if row["shape"]["kv_len"]]
+    others = [row for row in result["rows"] if not row["shape"]["kv_len"]]
+    if decoding:
+        text = decode_page(result | {"rows": decoding})
+        (options.docs / "decode.md").write_text(text, encoding="utf-8")
+    if others:
+        text = page(result | {"rows": others}, options.docs)
+        (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
