@@ -153,7 +153,8 @@ def preface(result: dict[str, Any], title: str) -> list[str]:
 
 def decode_page(result: dict[str, Any]) -> str:
     """Return the text of the page on few queries against many keys."""
-    lines = preface(result, "Decoding") + [
+    lines = [
+        *preface(result, "Decoding"),
         "Microseconds of a call with few queries for each of 32 query heads of size 128: each "
         "library in a process of its own, in turns; medians of rounds. Every answer was held "
         "against float64 first. GB/s: keys and values read, by qkv_fast; of: reading memory "
@@ -170,7 +171,8 @@ def decode_page(result: dict[str, Any]) -> str:
 def page(result: dict[str, Any], folder: Path) -> str:
     """Draw the plots and return the page's text."""
     rows = result["rows"]
-    lines = preface(result, "Benchmarks") + [
+    lines = [
+        *preface(result, "Benchmarks"),
         "GFLOP/s: 4·B·H·Lq·Lk·D operations, half of that when causal. Each library runs in a "
         "process of its own, in turns; medians of rounds. Every answer was held against float64 "
         "first. Peak: multiply-adds in registers with the instructions that qkv_fast uses for "
