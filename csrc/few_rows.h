@@ -16,7 +16,7 @@
 #endif
 #define FEW_MOST (LANES < 4 ? LANES : 4) /* rows that go together */
 #define FEW_STEP(rows, type) ((rows) > 2 && BYTES_OF(type) < 4 ? 2 : 4) /* values that do */
-#define FEW_VALUES(type) (BYTES_OF(type) < 4 ? 16 : 8) /* and that stay in L1 while all rows meet them */
+#define FEW_VALUES(type) (BYTES_OF(type) < 4 ? 16 : 8) /* that stay in L1 for all rows */
 
 /* Keys between one and the one to ask for: a multiple of FEW_MOST. */
 INLINE ptrdiff_t keys_ahead(ptrdiff_t length, int type)
@@ -42,8 +42,9 @@ INLINE vec v_sum_each(vec x[LANES])
 }
 #endif
 
-/* LANES scores at a time: `rows` rows with LANES / rows keys, of which `live` are wanted; `further`: the
- * key to prefetch for the first one, unless groups is NULL. A score's sum does not depend on where it is computed. */
+/* LANES scores at a time: `rows` rows with LANES / rows keys, of which `live` are wanted; further:
+ * the key of `groups` to prefetch beside the first one, unless groups is NULL. A score's sum does not
+ * depend on where it is computed. */
 INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t ld, const real *Q,
                             ptrdiff_t q_stride, const char *K, ptrdiff_t k_stride, int live,
                             ptrdiff_t D, const char *const *groups, ptrdiff_t further)

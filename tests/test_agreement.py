@@ -252,3 +252,16 @@ def test_bfloat16_as_bit_patterns(engine, rng, order):
     np.testing.assert_array_equal(out, got)
     mixed = sdpa(q, k, v, bits[3], is_causal=True, dtype="bfloat16")
     np.testing.assert_array_equal(mixed.view(np.uint16), got)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_more_keys_than_caches_hold(engine, rng, dtype):
+    """Then more rows are few. Keys are windows of a shorter array, side by side in memory."""
+    count = (1 << 26) // ((64 + 8) * np.dtype(dtype).itemsize) + 1000
+    whole = rng.standard_normal(count + 63).astype(dtype)
+    keys = np.lib.stride_tricks.sliding_window_view(whole, 64)[None]
+    query = rng.standard_normal((16, 1, 64)).astype(dtype)
+    out = sdpa(query, keys, keys[:, :, :8], enable_gqa=True)
+    exact = oracle.attention(query, keys, keys[:, :, :8])[0]
+    tolerance = 4e-5 if dtype == np.float32 else 1e-2 * np.abs(exact).max()
+    np.testing.assert_allclose(out.astype(float), exact, rtol=0, atol=tolerance)

@@ -77,7 +77,7 @@ cdef extern from "tile_kernels.h" nogil:
     int qkv_isa_pays(int index)
 
 cdef extern from "convert.h" nogil:
-    int QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_INT8
+    int QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_INT8, QKV_SWAPPED
     void qkv_read_row(void *, int, const char *, Py_ssize_t, Py_ssize_t, int)
     void qkv_copy_row16(void *, const char *, Py_ssize_t, Py_ssize_t, int)
     void qkv_clear_odd(void *, int, Py_ssize_t)
@@ -131,12 +131,16 @@ cdef double LN2 = 0.69314718055994530942
 cdef Py_ssize_t BLOCK_K = 128
 cdef Py_ssize_t BLOCK_K_MATRIX = 256
 cdef Py_ssize_t LARGE = 128
-cdef Py_ssize_t BLOCK_K_FEW = MAX_BLOCK_K_FEW        # a tenth faster than 128 on float32 from memory, alike on others
+# From memory a tenth faster than 128 on float32, alike on others.
+cdef Py_ssize_t BLOCK_K_FEW = MAX_BLOCK_K_FEW
 cdef Py_ssize_t BLOCK_K_WIDE = 16       # head sizes beyond WIDE: bounds the scratch
 cdef Py_ssize_t WIDE = 1024
 
 # Rows beyond which the kernels for few rows have not been seen to win (_backend.FEW_SHARE).
 cdef Py_ssize_t FEW_MOST = 32
+
+# Bytes of a sequence's keys and values that a last-level cache is not expected to hold.
+cdef double FAR_BYTES = 1 << 26
 
 # Keys of a task where rows are few: short enough for many threads to share one sequence, so long
 # that merging the parts is nothing beside reading them.
@@ -198,7 +202,7 @@ cdef struct Place:                      # where the tasks of a batch entry begin
 
 cdef struct Job:
     Call tiles, few                     # the same call for sequences of many and of few rows
-    double few_share                    # see rows_are_few
+    double few_share, near_keys         # see rows_are_few
     Py_ssize_t few_most, batches
     Place *places                       # batches + 1
     char *scratch
@@ -305,6 +309,11 @@ cdef void set_relative(void *reals, const int64_t *values, int64_t origin, int64
     else:
         for i in range(count):
             (<double *>reals)[i] = <double>clamp(values[i] - origin, low, high)
+
+
+cdef inline int size_of(int type) noexcept nogil:
+    type &= ~QKV_SWAPPED
+    return 8 if type == QKV_FLOAT64 else 4 if type == QKV_FLOAT32 else 1 if type == QKV_INT8 else 2
 
 
 cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
@@ -850,12 +859,16 @@ cdef inline int64_t entry_of(const Call *call, const Operand *operand, Py_ssize_
     return otherwise if data == NULL else (<int64_t *>data)[0]
 
 
-cdef inline bint rows_are_few(const Job *job, Py_ssize_t rows) noexcept nogil:
-    """Whether they fill at most few_share of the vectors that a tile of them would have."""
+cdef inline bint rows_are_few(const Job *job, Py_ssize_t rows, int64_t keys) noexcept nogil:
+    """Whether they fill at most few_share of the vectors that a tile of them would have.
+
+    Twice that where the keys of the sequence are too many for a cache: tiles don't ask for them early.
+    """
+    cdef double share = job.few_share if keys <= job.near_keys else 2 * job.few_share
     cdef Py_ssize_t step = job.tiles.kernels.lanes
     if job.tiles.fixed_nvec:
         step *= job.tiles.fixed_nvec
-    return rows <= job.few_most and rows <= job.few_share * ((rows + step - 1) // step * step)
+    return rows <= job.few_most and rows <= share * ((rows + step - 1) // step * step)
 
 
 cdef void open_sequence(const Job *job, Py_ssize_t batch, Sequence *sequence) noexcept nogil:
@@ -875,7 +888,7 @@ cdef void open_sequence(const Job *job, Py_ssize_t batch, Sequence *sequence) no
         while sequence.visible > 0 and not mask[(sequence.visible - 1) * call.mask.col]:
             sequence.visible -= 1  # padding at the end is as good as key_lengths
     rows = call.group * sequence.q_len
-    sequence.few = rows_are_few(job, rows)
+    sequence.few = rows_are_few(job, rows, sequence.visible)
     if not sequence.few:
         tiles = (rows + call.kernels.tile_q - 1) // call.kernels.tile_q
         sequence.tasks_per_head = (tiles + call.tiles_per_task - 1) // call.tiles_per_task
@@ -1533,6 +1546,8 @@ def run(problem, str tiles, str isa, double few_share=0, cnp.ndarray busy=None):
     cdef Call *call = &job.tiles
     cdef const qkv_tile_kernels *few = table_of(index, QKV_FLOAT64 if wide else QKV_FLOAT32)
     job.few_share = few_share
+    job.near_keys = FAR_BYTES / max(1.0, <double>call.num_kv_heads * (
+        call.head_dim * size_of(call.key.type) + call.v_dim * size_of(call.value.type)))
     job.few_most = min(FEW_MOST, <Py_ssize_t>few.tile_q) if few_share > 0 else 0
     job.batches = 1
     for axis in range(call.batch_ndim):

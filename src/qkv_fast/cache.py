@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,8 @@ class KVCache:
         if name not in _STORED:
             raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(_STORED)}")
         shape = (pages, num_kv_heads, self._page_size)
-        self._keys = np.zeros((*shape, head_dim), _STORED[name])
-        self._values = np.zeros((*shape, v_dim), _STORED[name])
+        self._keys = _zeros((*shape, head_dim), _STORED[name])
+        self._values = _zeros((*shape, v_dim), _STORED[name])
         self._key_scales = np.zeros(shape, np.float32) if name == "int8" else None
         self._value_scales = np.zeros(shape, np.float32) if name == "int8" else None
         self._code = _CODES[name]
@@ -616,6 +617,14 @@ class KVCache:
                     f"{why}: keys of sequence {sequence} that their window of {self._window} "
                     "would see have been given back"
                 )
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    """Return zeros that begin where a cache line does: rows of whole lines are read faster."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def quantize(rows: Array) -> tuple[Array, Array]:
