@@ -254,14 +254,20 @@ def test_bfloat16_as_bit_patterns(engine, rng, order):
     np.testing.assert_array_equal(mixed.view(np.uint16), got)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_more_keys_than_caches_hold(engine, rng, dtype):
-    """Then more rows are few. Keys are windows of a shorter array, side by side in memory."""
-    count = (1 << 26) // ((64 + 8) * np.dtype(dtype).itemsize) + 1000
-    whole = rng.standard_normal(count + 63).astype(dtype)
-    keys = np.lib.stride_tricks.sliding_window_view(whole, 64)[None]
-    query = rng.standard_normal((16, 1, 64)).astype(dtype)
-    out = sdpa(query, keys, keys[:, :, :8], enable_gqa=True)
-    exact = oracle.attention(query, keys, keys[:, :, :8])[0]
-    tolerance = 4e-5 if dtype == np.float32 else 1e-2 * np.abs(exact).max()
+@pytest.fixture(scope="module", params=[np.float32, ml_dtypes.bfloat16])
+def far(request):
+    """Keys beyond 64 MiB: windows of a shorter array, side by side in memory; and the answer."""
+    rng, dtype = np.random.default_rng(0), np.dtype(request.param)
+    count = (1 << 26) // ((1000 + 8) * dtype.itemsize) + 1000
+    whole = rng.standard_normal(count + 999).astype(dtype)
+    keys = np.lib.stride_tricks.sliding_window_view(whole, 1000)[None]
+    query = rng.standard_normal((16, 1, 1000)).astype(dtype)
+    return query, keys, keys[:, :, :8], oracle.attention(query, keys, keys[:, :, :8])[0]
+
+
+def test_more_keys_than_caches_hold(engine, far):
+    """Then more rows are few."""
+    query, key, value, exact = far
+    out = sdpa(query, key, value, enable_gqa=True)
+    tolerance = 4e-5 if query.dtype == np.float32 else 1e-2 * np.abs(exact).max()
     np.testing.assert_allclose(out.astype(float), exact, rtol=0, atol=tolerance)

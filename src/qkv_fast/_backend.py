@@ -28,9 +28,9 @@ ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest firs
 _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
 
 # Where the two kinds of kernels take about the same time: 8 heads, 4096 keys of size 128, 1 to 48
-# rows (docs/architecture.md). With 16 lanes of float32 that is at 12 to 14 rows, and again at 20 to
-# 24; BLAS tiles, which have 64 rows, are slower at 32 yet; bfloat16 in pairs is faster from 5 on. The
-# engine takes twice the share for keys that no cache holds.
+# rows (docs/architecture.md). With 16 lanes of float32 that is at 12 to 14 rows, and again at 20
+# to 24; BLAS tiles, which have 64 rows, are slower at 32 yet; bfloat16 in pairs is faster from 5
+# on. The engine takes twice the share for keys that no cache holds.
 FEW_SHARE = 0.875
 FEW_SHARE_PAIRS = 0.3
 
