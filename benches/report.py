@@ -141,7 +141,7 @@ def preface(result: dict[str, Any], title: str) -> list[str]:
     return [
         f"# {title}",
         "",
-        "Written by `benches/report.py` from one run of `benches/peers.py`; do not edit.",
+        "Written by `benches/report.py` from runs of `benches/peers.py`; do not edit.",
         "",
         f"{machine['date']}, {machine.get('model name', config['platform'])} (family "
         f"{machine.get('cpu family', '?')}, model {machine.get('model', '?')}), "
@@ -159,7 +159,7 @@ def decode_page(result: dict[str, Any]) -> str:
         "library in a process of its own, in turns; medians of rounds. Every answer was held "
         "against float64 first. GB/s: keys and values read, by qkv_fast; of: reading memory "
         "(256 MB, some of it from the last cache), measured beside each row. What fits in the "
-        "caches is read faster than that.",
+        "caches is read faster than that. -: it can't, or not in the machine's memory.",
         "",
     ]  # fmt: skip
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
