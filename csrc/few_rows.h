@@ -18,6 +18,20 @@
 #define FEW_STEP(rows, type) ((rows) > 2 && BYTES_OF(type) < 4 ? 2 : 4) /* values that do */
 #define FEW_VALUES(type) (BYTES_OF(type) < 4 ? 16 : 8) /* that stay in L1 for all rows */
 
+#if REAL_BITS == 32
+#define BY_TYPE(type, DO) /* DO with the element type as a constant */                           \
+    switch (type) {                                                                              \
+    case QKV_FLOAT16: DO(QKV_FLOAT16); break;                                                    \
+    case QKV_BFLOAT16: DO(QKV_BFLOAT16); break;                                                  \
+    case QKV_INT8: DO(QKV_INT8); break;                                                          \
+    default: DO(QKV_FLOAT32); break;                                                             \
+    }
+#else
+#define BY_TYPE(type, DO)                                                                        \
+    (void)type;                                                                                  \
+    DO(QKV_FLOAT64);
+#endif
+
 /* Keys between one and the one to ask for: a multiple of FEW_MOST. */
 INLINE ptrdiff_t keys_ahead(ptrdiff_t length, int type)
 {
@@ -117,17 +131,7 @@ static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
                        int rows, int type)
 {
 #define TYPE(t) few_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows)
-#if REAL_BITS == 32
-    switch (type) {
-    case QKV_FLOAT16: TYPE(QKV_FLOAT16); break;
-    case QKV_BFLOAT16: TYPE(QKV_BFLOAT16); break;
-    case QKV_INT8: TYPE(QKV_INT8); break;
-    default: TYPE(QKV_FLOAT32); break;
-    }
-#else
-    (void)type;
-    TYPE(QKV_FLOAT64);
-#endif
+    BY_TYPE(type, TYPE)
 #undef TYPE
 }
 
@@ -285,17 +289,7 @@ static void few_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdi
         else                                                                                     \
             OF(t, 0);                                                                            \
     } while (0)
-#if REAL_BITS == 32
-    switch (type) {
-    case QKV_FLOAT16: TYPE(QKV_FLOAT16); break;
-    case QKV_BFLOAT16: TYPE(QKV_BFLOAT16); break;
-    case QKV_INT8: TYPE(QKV_INT8); break;
-    default: TYPE(QKV_FLOAT32); break;
-    }
-#else
-    (void)type;
-    TYPE(QKV_FLOAT64);
-#endif
+    BY_TYPE(type, TYPE)
 #undef TYPE
 #undef OF
 }
