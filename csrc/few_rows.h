@@ -40,6 +40,17 @@ INLINE ptrdiff_t keys_ahead(ptrdiff_t length, int type)
     return keys < FEW_MOST ? FEW_MOST : keys < most ? keys / FEW_MOST * FEW_MOST : most;
 }
 
+/* How far behind a multiple of FEW_MOST rows' bytes they begin. What is asked for is moved back by
+ * that: in rows that fill lines and pages, the order of its lines is then the same in each page,
+ * and one that the hardware's own prefetching goes well with. (Granite Rapids, 16-bit keys of size
+ * 128 that begin 64 bytes into a page: 0.70 of a plain read without, 0.80 with it.) */
+INLINE ptrdiff_t misplaced(const char *rows, ptrdiff_t stride, ptrdiff_t length, int type)
+{
+    const ptrdiff_t bytes = FEW_MOST * stride;
+    if (bytes <= 0 || stride != length * BYTES_OF(type) || bytes & (bytes - 1)) return 0;
+    return (ptrdiff_t)((uintptr_t)rows & (uintptr_t)(bytes - 1));
+}
+
 INLINE const char *key_at(const char *const *groups, ptrdiff_t stride, size_t i)
 {
     return groups[i / QKV_GROUP] + (ptrdiff_t)(i % QKV_GROUP) * stride;
@@ -57,11 +68,12 @@ INLINE vec v_sum_each(vec x[LANES])
 #endif
 
 /* LANES scores at a time: `rows` rows with LANES / rows keys, of which `live` are wanted; further:
- * the key of `groups` to prefetch beside the first one, unless groups is NULL. A score's sum does not
- * depend on where it is computed. */
+ * the key of `groups` to prefetch beside the first one, from `back` bytes before it on, unless groups
+ * is NULL. A score's sum does not depend on where it is computed. */
 INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t ld, const real *Q,
                             ptrdiff_t q_stride, const char *K, ptrdiff_t k_stride, int live,
-                            ptrdiff_t D, const char *const *groups, ptrdiff_t further)
+                            ptrdiff_t D, const char *const *groups, ptrdiff_t further,
+                            ptrdiff_t back)
 {
     const int keys = LANES / rows, some = keys < FEW_MOST ? keys : FEW_MOST;
     const ptrdiff_t at[4] = {0, k_stride, 2 * k_stride, 3 * k_stride};
@@ -80,7 +92,7 @@ INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t l
         }                                                                                        \
     } while (0)
     UNROLL for (int g = 0; g < keys; g += some) {
-        const char *ahead = groups ? key_at(groups, k_stride, further + g) : NULL;
+        const char *ahead = groups ? key_at(groups, k_stride, further + g) - back : NULL;
         vec c[FEW_MOST * FEW_MOST];
         UNROLL for (int i = 0; i < some * rows; i++) c[i] = v_set1(0);
         ptrdiff_t d = 0;
@@ -104,6 +116,7 @@ INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, 
                           int rows)
 {
     const ptrdiff_t further = keys_ahead(D, type);
+    const ptrdiff_t back = misplaced(K[0], k_stride, D, type);
     for (; nk > 0; nk -= QKV_GROUP, K++, S += QKV_GROUP * ld) {
         const ptrdiff_t end = nk < QKV_GROUP ? nk : QKV_GROUP;
         int r = 0;
@@ -113,10 +126,10 @@ INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, 
         for (; i + LANES / (n) <= end; i += LANES / (n))                                         \
             few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
                             K[0] + i * k_stride, k_stride, LANES / (n), D, r ? NULL : K,         \
-                            further + i);                                                        \
+                            further + i, back);                                                  \
         for (; i < end; i++) /* the same key in all places */                                    \
             few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
-                            K[0] + i * k_stride, 0, 1, D, NULL, 0);                              \
+                            K[0] + i * k_stride, 0, 1, D, NULL, 0, 0);                           \
         r += n;                                                                                  \
     } while (0)
         while (rows - r >= FEW_MOST) ROWS(FEW_MOST);
@@ -197,7 +210,7 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
         const char *ahead = groups ? key_at(groups, v_stride, further) + first : NULL;           \
         vec p[4 * FEW_MOST];                                                                     \
         for (int k = 0; k < n; k++)                                                              \
-            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(P[k * ld + r]);      \
+            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(P[k * ld + r]);       \
         UNROLL for (int v = 0; v < nv; v++) {                                                    \
             const ptrdiff_t d = v * LANES * BYTES_OF(type);                                      \
             for (int k = 0; k < n; k++) {                                                        \
@@ -232,7 +245,7 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
 INLINE void few_accumulate_rows(const int rows, const int type, const int partial, real *acc,
                                 ptrdiff_t acc_stride, const real *P, ptrdiff_t ld, const char *V,
                                 ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, const real *decay,
-                                const char *const *groups, ptrdiff_t further)
+                                const char *const *groups, ptrdiff_t further, ptrdiff_t back)
 {
     const int most = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
     ptrdiff_t d = 0;
@@ -240,7 +253,7 @@ INLINE void few_accumulate_rows(const int rows, const int type, const int partia
     do {                                                                                         \
         few_accumulate_tile(rows, nv, type, partial, acc + d, acc_stride, P, ld,                 \
                             V + d * BYTES_OF(type), v_stride, nk, decay, some, groups, further,  \
-                            d * BYTES_OF(type));                                                 \
+                            d * BYTES_OF(type) - back);                                          \
         d += (nv) * LANES;                                                                       \
     } while (0)
     while (d + most * LANES <= Dv) COLUMNS(most, 0);
@@ -257,6 +270,7 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
                               const real *decay)
 {
     const ptrdiff_t further = keys_ahead(Dv, type);
+    const ptrdiff_t back = misplaced(V[0], v_stride, Dv, type);
     for (ptrdiff_t k = 0; k < nk; k += FEW_VALUES(type)) {
         const ptrdiff_t n = nk - k < FEW_VALUES(type) ? nk - k : FEW_VALUES(type);
         const char *const *group = V + k / QKV_GROUP;
@@ -266,7 +280,8 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
     do {                                                                                         \
         few_accumulate_rows(count, type, partial, acc + r * acc_stride, acc_stride,              \
                             P + k * ld + r, ld, group[0] + at * v_stride, v_stride, n, Dv,       \
-                            decay && k == 0 ? decay + r : NULL, r ? NULL : group, further + at); \
+                            decay && k == 0 ? decay + r : NULL, r ? NULL : group, further + at,  \
+                            back);                                                               \
         r += count;                                                                              \
     } while (0)
         while (FEW_MOST > 2 && rows - r >= FEW_MOST) ROWS(FEW_MOST);
