@@ -9,16 +9,18 @@
 
 #define MAX_WORKERS 255
 
-/* How long an idle worker spins before it sleeps, once no job runs any more: long enough for the
- * next call of a loop, short enough not to stand in the way of the BLAS threads of the product that
- * follows. Between two calls of 1,12,128,64 lie 9-13 us (float32) or 12-17 us (bfloat16) of Python with
- * cold caches; a worker that slept through them costs the call 20 to 30 %. benches/bench_interplay.py
- * (a 256 x 256 product and that call in turn): the pair takes the same 370-390 us with 8 to 24 us of
- * spin, 400 us with 40, and 45 % more with 200. Behind a long job caches are colder (20 us at 0.7 ms,
- * 45 us at 2.6 ms), and a longer spin costs less beside it. */
-#define SPIN_LEAST 18000 /* nanoseconds */
-#define SPIN_MOST 80000
-#define SPIN_SHARE 20 /* of the job's time */
+/* How long an idle worker spins before it sleeps, in nanoseconds from the end of the last job on: the
+ * most if that was enough the last time, else the least. So it stays awake through a loop of calls,
+ * between which lies Python with caches that the keys have swept (9 to 60 us), and keeps out of the
+ * way of BLAS threads where longer work lies between them. Measured on two CPUs of a virtual machine:
+ * - A worker that slept costs a call 60 to 80 us: 32 heads, a query, 512 keys take 415 us, and 335
+ *   without that; bfloat16 250 and 170.
+ * - benches/bench_interplay.py, a 256 x 256 product (125 us) and 1,12,128,64 in turn: 370-390 us with 8
+ *   to 24 us of spin, 400 us with 40, and 45 % more with 200. These bounds give the first.
+ * - What they cost: with a 128 x 128 product (35 us on two threads) the pair takes 327 us; it would
+ *   take 249 with the least alone. To yield the CPU meanwhile made that worse. */
+#define SPIN_LEAST 18000
+#define SPIN_MOST 100000
 
 typedef struct { /* a thread's own range of tasks, on a cache line of its own */
     _Alignas(64) _Atomic ptrdiff_t next;
@@ -30,6 +32,7 @@ typedef struct {
     const void *context;
     part *parts;
     int threads;
+    long long began;
     atomic_int running; /* workers that have not yet finished with this job */
 } job;
 
@@ -123,26 +126,25 @@ static void unplace(worker *self)
 #endif
 }
 
-/* `began` is when the last job did. */
-static job *await_job(worker *self, long long began)
+/* The next job; *spin: for how long not to sleep, then for how long after it. */
+static job *await_job(worker *self, long long *spin)
 {
     job *j;
-    long long until = 0, now;
-    do {
-        if ((j = claim(self))) return j;
+    long long idle_since = nanoseconds();
+    for (long long now = idle_since; !(j = claim(self)) && now < idle_since + *spin;) {
         pause_briefly();
         now = nanoseconds();
-        if (!until || atomic_load_explicit(&jobs, memory_order_relaxed)) {
-            const long long share = (now - began) / SPIN_SHARE;
-            until = now + (share < SPIN_LEAST ? SPIN_LEAST : share > SPIN_MOST ? SPIN_MOST : share);
-        }
-    } while (now < until);
-    pthread_mutex_lock(&self->mutex);
-    atomic_store(&self->asleep, 1);
-    while (!(j = claim(self))) pthread_cond_wait(&self->wake, &self->mutex);
-    atomic_store(&self->asleep, 0);
-    unplace(self);
-    pthread_mutex_unlock(&self->mutex);
+        if (atomic_load_explicit(&jobs, memory_order_relaxed)) idle_since = now;
+    }
+    if (!j) {
+        pthread_mutex_lock(&self->mutex);
+        atomic_store(&self->asleep, 1);
+        while (!(j = claim(self))) pthread_cond_wait(&self->wake, &self->mutex);
+        atomic_store(&self->asleep, 0);
+        unplace(self);
+        pthread_mutex_unlock(&self->mutex);
+    }
+    *spin = j->began - idle_since < SPIN_MOST ? SPIN_MOST : SPIN_LEAST;
     return j;
 }
 
@@ -157,9 +159,8 @@ static void rest(worker *w)
 static void *work(void *argument)
 {
     worker *self = argument;
-    for (long long began = nanoseconds();;) {
-        job *j = await_job(self, began);
-        began = nanoseconds();
+    for (long long spin = SPIN_LEAST;;) {
+        job *j = await_job(self, &spin);
         take_part(j, self->thread);
         atomic_store_explicit(&self->job, NULL, memory_order_relaxed);
         rest(self);
@@ -224,6 +225,7 @@ void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int thre
                               memory_order_relaxed);
         parts[i].end = count / j.threads * (i + 1) + min(i + 1, count % j.threads);
     }
+    j.began = hired ? nanoseconds() : 0;
     atomic_store(&j.running, hired);
     atomic_fetch_add_explicit(&jobs, 1, memory_order_relaxed);
     for (int i = 0; i < hired; i++) give(mine[i], &j);
