@@ -369,10 +369,10 @@ def normalize_paged(
     p.kv_len = int(p.key_lengths.max(initial=0))
     if attn_mask is not None:
         _set_mask(p, attn_mask, (*heads_shape, q_len, p.kv_len), raw)
-    if query_offset is None:
-        query_offset = p.key_lengths - q_len
     _set_modifiers(p, heads_shape, head_dim, is_causal, scale, query_offset, window, softcap,
                    alibi_slopes, sinks)  # fmt: skip
+    if query_offset is None:
+        p.query_offset = p.key_lengths - q_len
     _check_table(p, q_len, num_pages, page_size)
     p.num_threads = (
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
@@ -474,6 +474,8 @@ def _check_table(p: Problem, q_len: int, num_pages: int, page_size: int) -> None
     table, lengths = p.block_table, p.key_lengths
     assert table is not None
     assert lengths is not None
+    if table.size == 0 or (table.min() >= 0 and table.max() < num_pages):
+        return
     begin = np.arange(table.shape[1], dtype=np.int64) * page_size
     offset = np.zeros_like(lengths) if p.query_offset is None else p.query_offset
     seen = begin < lengths[:, np.newaxis]

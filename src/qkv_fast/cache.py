@@ -348,7 +348,9 @@ class KVCache:
             With `return_lse`.
         """
         chosen = self._chosen(sequences)
-        lengths = self._lengths[chosen]
+        lengths, table = self._lengths, self._table
+        if sequences is not None:
+            lengths, table = lengths[chosen], table[chosen]
         query = as_array("query", query)
         if self._window is not None:
             left, right = (None, None) if window is None else window
@@ -357,8 +359,8 @@ class KVCache:
             q_len = query.shape[2] if query.ndim == 4 else 0
             self._check_kept(chosen, lengths - q_len, lengths, f"query has {q_len} tokens")
         return paged_attention(
-            query, self._keys, self._values, self._table[chosen], lengths, attn_mask, is_causal,
-            scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            query, self._keys, self._values, table, lengths, attn_mask, is_causal, scale,
+            window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             key_scales=self._key_scales, value_scales=self._value_scales, out=out,
             return_lse=return_lse, num_threads=num_threads, dtype="bfloat16",
         )  # fmt: skip
