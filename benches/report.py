@@ -84,51 +84,54 @@ def plot(key: tuple[str, bool, int], rows: list[Row], folder: Path) -> str:
     return file
 
 
+def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [columns, *rows]]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
+
+
 def table(rows: list[Row]) -> list[str]:
     """Return a Markdown table of the rows."""
     peers = [name for name in NAMES if any(name in row["gflops"] for row in rows)]
-    lines = [
-        "| batch, heads, length, head size | "
-        + " | ".join(NAMES[name] for name in peers)
-        + " | peak | share | GB/s | to the best peer |",
-        "|---|" + "---|" * (len(peers) + 4),
-    ]
+    columns = ["batch, heads, length, head size", *(NAMES[name] for name in peers)]
+    lines = []
     for row in rows:
-        s = row["shape"]
+        s, gflops = row["shape"], row["gflops"]
         label = f"{s['batch']}, {s['num_heads']}, {s['q_len']}, {s['head_dim']}"
-        label += " causal" if s["is_causal"] else ""
-        cells = [f"{row['gflops'][name]:.0f}" if name in row["gflops"] else "-" for name in peers]
-        ratio = best_ratio(row)
-        share = row["gflops"].get("qkv_fast", 0) / row["peak_gflops"]
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | {row['peak_gflops']:.0f} | {share:.2f} "
-            f"| {row['read_gb_per_s']:.0f} | {'-' if ratio is None else f'{ratio:.2f}'} |"
-        )
-    return lines
+        lines.append([
+            label + (" causal" if s["is_causal"] else ""),
+            *(f"{gflops[name]:.0f}" if name in gflops else "-" for name in peers),
+            f"{row['peak_gflops']:.0f}",
+            f"{gflops.get('qkv_fast', 0) / row['peak_gflops']:.2f}",
+            f"{row['read_gb_per_s']:.0f}",
+            ratio_cell(row),
+        ])  # fmt: skip
+    return markdown([*columns, "peak", "share", "GB/s", "to the best peer"], lines)
 
 
 def decode_table(rows: list[Row]) -> list[str]:
     """Return a Markdown table of rows with few queries: times, and how fast memory is read."""
     peers = [name for name in NAMES if any(name in row["seconds"] for row in rows)]
-    lines = [
-        "| batch, key heads, keys | queries | "
-        + " | ".join(NAMES[name] for name in peers)
-        + " | GB/s | of | to the best peer |",
-        "|---|---|" + "---|" * (len(peers) + 3),
-    ]
+    columns = ["batch, key heads, keys", "queries", *(NAMES[name] for name in peers)]
+    lines = []
     for row in rows:
         s, seconds = row["shape"], row["seconds"]
-        cells = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "-" for name in peers]
-        speed = (
-            f"{row['read_gigabytes'] / seconds['qkv_fast']:.0f}" if "qkv_fast" in seconds else "-"
-        )
-        ratio = best_ratio(row)
-        lines.append(
-            f"| {s['batch']}, {s['num_kv_heads']}, {s['kv_len']} | {s['q_len']} "
-            f"| {' | '.join(cells)} | {speed} | {row['read_gb_per_s']:.0f} "
-            f"| {'-' if ratio is None else f'{ratio:.2f}'} |"
-        )
-    return lines
+        own = seconds.get("qkv_fast")
+        lines.append([
+            f"{s['batch']}, {s['num_kv_heads']}, {s['kv_len']}",
+            f"{s['q_len']}",
+            *(f"{1e6 * seconds[name]:.0f}" if name in seconds else "-" for name in peers),
+            f"{row['read_gigabytes'] / own:.0f}" if own else "-",
+            f"{row['read_gb_per_s']:.0f}",
+            ratio_cell(row),
+        ])  # fmt: skip
+    return markdown([*columns, "GB/s", "of", "to the best peer"], lines)
+
+
+def ratio_cell(row: Row) -> str:
+    """Return the ratio to the best peer, if there is one."""
+    ratio = best_ratio(row)
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def preface(result: dict[str, Any], title: str) -> list[str]:
