@@ -180,6 +180,44 @@ def test_any_layout_of_pages(engine, rng):
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, np.int8])
+@pytest.mark.parametrize("layout", [16, 32, 64, 128, 256, "rows", "rows of pages"])
+def test_heads_that_take_turns(engine, rng, dtype, layout):
+    """Where heads lie between one another, a task takes several; each one's answer is its own."""
+    heads, longest, lengths = 18, 768, [768, 512, 40, 700, 0, 129]
+    q = normal(rng, (6, 2 * heads, 2, 16), np.float32 if dtype == np.int8 else dtype)
+    arrays = [normal(rng, (6, heads, longest, d), np.float32) for d in (16, 12)]
+    if dtype == np.int8:
+        (k, k_scales), (v, v_scales) = map(quantize, arrays)
+        arrays = [k, v, k_scales, v_scales]
+    else:
+        arrays = [x.astype(dtype) for x in arrays]
+    size = {"rows": longest, "rows of pages": 48}.get(layout, layout)
+    table = rng.permutation(6 * longest // size).reshape(6, -1)
+    for i, x in enumerate(arrays):
+        arrays[i] = np.empty((table.size, heads, size, *x.shape[3:]), x.dtype)
+        arrays[i][table] = x.reshape(6, heads, -1, size, *x.shape[3:]).swapaxes(1, 2)
+        if size != layout:  # (pages, page_size, heads, D)
+            arrays[i] = np.ascontiguousarray(arrays[i].swapaxes(1, 2)).swapaxes(1, 2)
+
+    def attend(query, of: slice = slice(None), **more):
+        key, value, *scales = (x[:, of] for x in arrays)
+        more |= dict(zip(("key_scales", "value_scales"), scales, strict=False))
+        return paged_attention(query, key, value, table, lengths, window=(550, 0), **more)
+
+    together = attend(q, num_threads=1)
+    np.testing.assert_array_equal(attend(q, num_threads=2), together)
+    for h in (0, 5, 15, 16, 17):
+        rows, alone = slice(2 * h, 2 * h + 2), slice(h, h + 1)
+        if engine.engine == "native":
+            np.testing.assert_array_equal(attend(q[:, rows], alone), together[:, rows])
+        else:
+            np.testing.assert_allclose(
+                attend(q[:, rows], alone).astype(float), together[:, rows].astype(float),
+                rtol=1e-2, atol=1e-2,
+            )  # fmt: skip
+
+
 Q = np.ones((2, 4, 1, 8), np.float32)
 PAGES = np.ones((3, 2, 4, 8), np.float32)
 REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [

@@ -116,7 +116,8 @@ cdef enum:
     PACKED_STEP = 32    # what pack_values rounds both axes up to
     MAX_BLOCK_K = 256
     MAX_BLOCK_K_FEW = 128
-    MAX_GROUPS = 12     # of such a block, and QKV_GROUPS_AHEAD
+    MAX_HEADS = 16      # of a task
+    MAX_GROUPS = 132    # of such a block for as many heads, and QKV_GROUPS_AHEAD
     MAX_TABLES = 8
     ALIGNMENT = 64
 
@@ -146,6 +147,11 @@ cdef double FAR_BYTES = 1 << 26
 # Keys of a task where rows are few: short enough for many threads to share one sequence, so long
 # that merging the parts is nothing beside reading them.
 cdef Py_ssize_t CHUNK = 2048
+
+# Where the keys of a head lie together for fewer bytes than this (a page's, or each alone between
+# those of other heads), a task takes several heads, in the order of memory: it is read a fifth
+# slower in pieces of 64 KB than from end to end, and half as fast in rows of 512 bytes.
+cdef Py_ssize_t LONG_RUN = 1 << 17
 
 # Rows of the tiles that run in step over the key blocks, where a block must be made ready for them
 # or a head's keys and values are more than SHARED_KEYS bytes, about what stays in a core's L2: a
@@ -177,6 +183,8 @@ cdef struct Call:
     Py_ssize_t num_kv_heads, group, q_len, kv_len, head_dim, v_dim
     Py_ssize_t block_k, tiles_per_task
     bint few                            # the kernels for few rows; else tiles
+    Py_ssize_t run, turn                # see set_turns
+    Py_ssize_t heads_per_task           # 1 for tiles
     Operand query, key, value, mask, out, lse
     Operand key_scales, value_scales
     Operand query_offset, query_starts, query_lengths, key_starts, key_lengths
@@ -190,9 +198,9 @@ cdef struct Call:
     bint modified                       # modify_scores has something to do
     int64_t left, right
     # A thread's scratch: S, gathered rows, key rows, value rows, packed values, factors, then for
-    # each tile of a task Tile, Qt (or Q) and acc.
+    # each tile of a task Tile, Qt (or Q), acc and, where these are of several heads, their own S.
     Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, value_factors_at
-    Py_ssize_t tiles_at, acc_at, tile_bytes
+    Py_ssize_t tiles_at, acc_at, S_at, tile_bytes
     Py_ssize_t scratch_bytes
     Py_ssize_t q_stride, acc_stride     # reals in a row of Q and of acc, where rows are few
 
@@ -226,8 +234,9 @@ cdef struct Part:                       # what a chunk leaves behind; acc and th
     uint64_t seen
 
 
-cdef struct Head:                       # what the tiles of a task share
+cdef struct Head:                       # what the tiles of a KV head share
     Py_ssize_t kv_head, q_len
+    int number                          # among the heads of its task
     char *query
     char *out
     char *lse
@@ -239,7 +248,7 @@ cdef struct Head:                       # what the tiles of a task share
     char *mask
     char *slopes
     int64_t offset, visible
-    char *S                             # the thread's scratch begins here
+    char *scratch                       # of the thread
     char *gathered
 
 
@@ -257,6 +266,7 @@ cdef struct Block:                      # keys, and what of them was made ready 
 cdef struct Tile:
     void *Qt
     void *acc
+    char *S                             # scores, and then weights, of a block
     Py_ssize_t row_begin
     int count, nvec, lanes
     int64_t first_min, first_max, last_min, last_max    # over the rows' reach
@@ -287,6 +297,11 @@ cdef inline Py_ssize_t round_up(Py_ssize_t size) noexcept nogil:
 
 
 cdef Py_ssize_t TILE_BYTES = round_up(sizeof(Tile))
+
+
+cdef inline Tile *tile_of(const Call *call, const Head *head, int number) noexcept nogil:
+    """The task's tile of that number."""
+    return <Tile *>(head.scratch + call.tiles_at + number * call.tile_bytes)
 
 
 cdef inline double get_real(const void *reals, int i, int real_bytes) noexcept nogil:
@@ -393,7 +408,7 @@ cdef bint in_one_page(const Call *call, const Head *head, const Block *block) no
 cdef void load_keys(const Call *call, const Head *head, Block *block) noexcept nogil:
     """The block's keys as the kernels want them: in place, or gathered and padded with zeros."""
     cdef Py_ssize_t rows = call.kernels.row_step, count = block.nk
-    cdef char *row = head.S + call.keys_at
+    cdef char *row = head.scratch + call.keys_at
     if (call.key.direct and call.head_dim % call.kernels.depth_step == 0
             and block.nk % call.kernels.row_step == 0 and in_one_page(call, head, block)):
         block.keys = find_rows(call, head, &call.key, head.key, block.begin, &count)
@@ -411,7 +426,7 @@ cdef void load_keys(const Call *call, const Head *head, Block *block) noexcept n
 
 cdef void load_value_rows(const Call *call, const Head *head, Block *block) noexcept nogil:
     """The block's values as rows of operands: in place, or gathered."""
-    cdef char *row = head.S + call.values_at
+    cdef char *row = head.scratch + call.values_at
     cdef Py_ssize_t count = block.nk
     if call.value.direct and in_one_page(call, head, block):
         block.value_rows = find_rows(call, head, &call.value, head.value, block.begin, &count)
@@ -429,7 +444,7 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
                                char *rows, const Block *block, Py_ssize_t nk,
                                Py_ssize_t at) noexcept nogil:
     """The factors of a block's rows, one after another in the scratch; NULL: there are none."""
-    cdef float *factors = <float *>(head.S + at)
+    cdef float *factors = <float *>(head.scratch + at)
     cdef Py_ssize_t i, count
     cdef const char *source
     if scales.data == NULL:
@@ -494,12 +509,43 @@ cdef bint find_groups(const Call *call, const Head *head, const Operand *operand
     return True
 
 
+cdef void find_turn(const Call *call, const Head *head, const Operand *operand, char *rows,
+                    int64_t begin, int count, int heads, int64_t last,
+                    Groups *groups) noexcept nogil:
+    """Where `count` groups of keys lie, this head's first, and then those that follow in memory.
+
+    They follow in the order of a turn: a run of keys of each of `heads` heads, then the next run.
+    """
+    cdef int g, h = head.number
+    cdef Py_ssize_t step = QKV_GROUP * operand.row, slot = begin % call.run, following = 0
+    cdef char *source = find_rows(call, head, operand, rows, begin, &following)
+    groups.stride = operand.row
+    groups.type = operand.type
+    begin -= slot
+    rows -= h * operand.head
+    for g in range(count + QKV_GROUPS_AHEAD):
+        groups.rows[g] = source
+        slot += QKV_GROUP
+        source += step
+        if slot < call.run:
+            continue
+        slot = 0
+        h += 1
+        if h == heads:
+            h = 0
+            if begin + call.run <= last:
+                begin += call.run
+        source = find_rows(call, head, operand, rows, begin, &following) + h * operand.head
+
+
 cdef void load_groups(const Call *call, const Head *head, const Operand *operand, char *rows,
-                      Py_ssize_t length, int64_t begin, Py_ssize_t nk, int64_t last,
+                      Py_ssize_t length, const Block *block, Py_ssize_t nk, int64_t last,
                       Groups *groups) noexcept nogil:
     """In place where each group lies in one page and can be widened; else gathered as reals."""
-    cdef char *row = head.S + call.keys_at
+    cdef char *row = head.scratch + call.keys_at
+    cdef int64_t begin = block.begin + block.skipped
     cdef int g
+    nk -= block.skipped
     groups.stride = operand.row
     groups.type = operand.type
     if operand.direct and find_groups(call, head, operand, rows, begin, nk, last, groups):
@@ -513,26 +559,69 @@ cdef void load_groups(const Call *call, const Head *head, const Operand *operand
             row += QKV_GROUP * groups.stride
 
 
-cdef void score_few(const Call *call, const Head *head, Tile *tile, const Block *block,
-                    Py_ssize_t nk, Py_ssize_t ld) noexcept nogil:
-    cdef Groups groups
-    nk -= block.skipped
-    load_groups(call, head, &call.key, head.key, call.head_dim, block.begin + block.skipped, nk,
-                tile.last_max, &groups)
-    call.kernels.few_scores(head.S + block.skipped * ld * call.kernels.real_bytes, ld, tile.Qt,
-                            call.q_stride, groups.rows, groups.stride, nk, call.head_dim,
-                            tile.count, groups.type)
+cdef inline void score_few(const Call *call, Tile *tile, const Groups *keys, int g,
+                           Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld) noexcept nogil:
+    """Scores of the block's keys from `begin` on, which lie from group g on."""
+    call.kernels.few_scores(tile.S + begin * ld * call.kernels.real_bytes, ld, tile.Qt,
+                            call.q_stride, <const char **>keys.rows + g, keys.stride, nk,
+                            call.head_dim, tile.count, keys.type)
 
 
-cdef void accumulate_few(const Call *call, const Head *head, Tile *tile, const Block *block,
-                         Py_ssize_t nk, Py_ssize_t ld, bint partial) noexcept nogil:
-    cdef Groups groups
-    nk -= block.skipped
-    load_groups(call, head, &call.value, head.value, call.v_dim, block.begin + block.skipped, nk,
-                tile.last_max, &groups)
+cdef inline void accumulate_few(const Call *call, Tile *tile, const Groups *values, int g,
+                                Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld, bint decays,
+                                bint partial) noexcept nogil:
     call.kernels.few_accumulate(
-        tile.acc, call.acc_stride, head.S + block.skipped * ld * call.kernels.real_bytes, ld,
-        groups.rows, groups.stride, nk, call.v_dim, tile.count, tile.decay, partial, groups.type)
+        tile.acc, call.acc_stride, tile.S + begin * ld * call.kernels.real_bytes, ld,
+        <const char **>values.rows + g, values.stride, nk, call.v_dim, tile.count,
+        tile.decay if decays else NULL, partial, values.type)
+
+
+cdef void attend_whole(const Call *call, const Head *heads, int count, int turns,
+                       const Block *block, Py_ssize_t nk) noexcept nogil:
+    """A step of the online softmax for few rows that all see the whole block.
+
+    turns > 1: the heads of the task that take turns. `count` of them are here, from heads[0] on,
+    and what they read is in the order of a turn. Else one head, whose keys may begin and end
+    anywhere in the block.
+    """
+    cdef const qkv_tile_kernels *kernels = call.kernels
+    cdef int first = heads.number, h, g = 0
+    cdef Tile *tile = tile_of(call, heads, first)
+    cdef int64_t last = tile.last_max
+    cdef Py_ssize_t k, run = nk - block.skipped, ld = 1
+    cdef int num_groups = <int>(count * nk // QKV_GROUP)
+    cdef Groups groups
+    if count > 1:
+        run = call.run
+    while ld < tile.count:
+        ld *= 2
+    if turns > 1:
+        find_turn(call, heads, &call.key, heads.key, block.begin, num_groups, turns, last, &groups)
+    else:
+        load_groups(call, heads, &call.key, heads.key, call.head_dim, block, nk, last, &groups)
+    for k from block.skipped <= k < nk by run:
+        for h in range(count):
+            score_few(call, tile_of(call, heads, first + h), &groups, g, k, run, ld)
+            g += <int>(run // QKV_GROUP)
+    if turns > 1:
+        find_turn(call, heads, &call.value, heads.value, block.begin, num_groups, turns, last,
+                  &groups)
+    else:
+        load_groups(call, heads, &call.value, heads.value, call.v_dim, block, nk, last, &groups)
+    g = 0
+    for k from block.skipped <= k < nk by run:
+        for h in range(count):
+            tile = tile_of(call, heads, first + h)
+            if k == block.skipped:
+                kernels.few_softmax(
+                    tile.S, nk, <int>ld,
+                    load_factors(call, &heads[h], &call.key_scales, heads[h].key_scales, block,
+                                 nk, call.factors_at),
+                    load_factors(call, &heads[h], &call.value_scales, heads[h].value_scales,
+                                 block, nk, call.value_factors_at),
+                    tile.row_max, tile.row_sum, tile.decay)
+            accumulate_few(call, tile, &groups, g, k, run, ld, k == block.skipped, False)
+            g += <int>(run // QKV_GROUP)
 
 
 cdef void pack_values(const Call *call, const Head *head, Block *block, const char *rows,
@@ -541,9 +630,9 @@ cdef void pack_values(const Call *call, const Head *head, Block *block, const ch
     block.values = rows
     block.value_stride = stride
     if call.kernels.pack_values != NULL:
-        block.values = head.S + call.packed_at
+        block.values = head.scratch + call.packed_at
         block.value_stride = call.packed_stride
-        call.kernels.pack_values(head.S + call.packed_at, call.packed_stride, rows, stride,
+        call.kernels.pack_values(head.scratch + call.packed_at, call.packed_stride, rows, stride,
                                  block.nk, call.v_dim)
 
 
@@ -624,7 +713,7 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
         call.kernels.scale(tile.Qt, tile.count * call.q_stride // call.kernels.lanes, 1,
                            call.query_factor)
         memset(tile.acc, 0, tile.count * call.acc_stride * real_bytes)
-        memset(head.S, 0, call.block_k * tile.lanes * real_bytes)  # lanes that are not written
+        memset(tile.S, 0, call.block_k * tile.lanes * real_bytes)  # lanes that are not written
         return
     gather_rows(call, tile.rows, tile.query_rows, tile.lanes, call.head_dim, &call.query,
                 head.gathered)
@@ -710,13 +799,13 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
     cdef bint shared = is_shared(&call.mask)
     cdef int i
     if call.score_factor != 1:
-        kernels.scale(head.S, nk, tile.nvec, call.score_factor)
+        kernels.scale(tile.S, nk, tile.nvec, call.score_factor)
     if call.softcap != 0:
-        kernels.softcap(head.S, nk, tile.nvec, call.softcap)
+        kernels.softcap(tile.S, nk, tile.nvec, call.softcap)
     if head.slopes != NULL:
         set_relative(tile.relative, tile.position, begin, -UNBOUNDED, UNBOUNDED, tile.lanes,
                      kernels.real_bytes)
-        kernels.alibi(head.S, nk, tile.nvec, tile.slope, tile.relative)
+        kernels.alibi(tile.S, nk, tile.nvec, tile.slope, tile.relative)
     if head.mask != NULL and call.mask.type != QKV_BOOL:
         for i in range(1 if shared else tile.lanes):
             tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
@@ -724,7 +813,7 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
                 read_reals(call, head.gathered + i * nk * kernels.real_bytes, &call.mask,
                            tile.rows[i], nk)
                 tile.rows[i] = head.gathered + i * nk * kernels.real_bytes
-        kernels.bias(head.S, nk, tile.nvec, tile.rows, shared, tile.allow)
+        kernels.bias(tile.S, nk, tile.nvec, tile.rows, shared, tile.allow)
 
 
 cdef void attend_block(const Call *call, const Head *head, Tile *tile,
@@ -751,30 +840,22 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         while not tile.allow[nk - 1]:
             nk -= 1
     cdef Py_ssize_t ld = tile.lanes
+    cdef Groups groups
     if call.few:
         if not partial and not call.modified and tile.count <= kernels.lanes:
-            ld = 1
-            while ld < tile.count:
-                ld *= 2
-            score_few(call, head, tile, block, nk, ld)
-            kernels.few_softmax(
-                head.S, nk, <int>ld,
-                load_factors(call, head, &call.key_scales, head.key_scales, block, nk,
-                             call.factors_at),
-                load_factors(call, head, &call.value_scales, head.value_scales, block, nk,
-                             call.value_factors_at),
-                tile.row_max, tile.row_sum, tile.decay)
-            accumulate_few(call, head, tile, block, nk, ld, False)
+            attend_whole(call, head, 1, 1, block, nk)
             tile.seen |= seen
             return
-        score_few(call, head, tile, block, nk, ld)
+        load_groups(call, head, &call.key, head.key, call.head_dim, block, nk, tile.last_max,
+                    &groups)
+        score_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld)
     else:
         if block.keys == NULL:
             load_keys(call, head, block)
-        kernels.scores(head.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
+        kernels.scores(tile.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
                        tile.span if partial else NULL)
     if call.key_scales.data != NULL:
-        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+        kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
             call, head, &call.key_scales, head.key_scales, block, nk, call.factors_at), 0)
     if call.modified:
         modify_scores(call, head, tile, begin, nk)
@@ -784,14 +865,16 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
             seen |= tile.allow[k]
         partial = not sees_all(tile, nk)
     tile.seen |= seen
-    kernels.softmax(head.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
+    kernels.softmax(tile.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
                     1.0 if call.modified else call.score_factor, tile.row_max, tile.row_sum,
                     tile.decay)
     if call.value_scales.data != NULL:
-        kernels.scale_keys(head.S, nk, tile.nvec, load_factors(
+        kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
             call, head, &call.value_scales, head.value_scales, block, nk, call.factors_at), 1)
     if call.few:
-        accumulate_few(call, head, tile, block, nk, ld, partial)
+        load_groups(call, head, &call.value, head.value, call.v_dim, block, nk, tile.last_max,
+                    &groups)
+        accumulate_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld, True, partial)
         return
     cdef const void *decay = NULL if tile.fresh else tile.decay
     cdef const qkv_span *span = tile.span if partial else NULL
@@ -806,15 +889,15 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         # What is not finite is kept out of the product, and goes to the rows that may see it
         # afterwards.
         clean_values(call, head, block)
-        kernels.accumulate(tile.acc, head.S, block.values, block.value_stride, nk, call.v_dim,
+        kernels.accumulate(tile.acc, tile.S, block.values, block.value_stride, nk, call.v_dim,
                            tile.nvec, decay, span)
-        kernels.accumulate_odd(tile.acc, head.S, block.value_rows, block.row_stride, nk,
+        kernels.accumulate_odd(tile.acc, tile.S, block.value_rows, block.row_stride, nk,
                                call.v_dim, tile.nvec)
         block.values = NULL
         return
     if block.values == NULL:
         pack_values(call, head, block, block.value_rows, block.row_stride)
-    kernels.accumulate(tile.acc, head.S, block.values, block.value_stride, nk, call.v_dim,
+    kernels.accumulate(tile.acc, tile.S, block.values, block.value_stride, nk, call.v_dim,
                        tile.nvec, decay, span)
 
 
@@ -907,6 +990,15 @@ cdef void open_sequence(const Job *job, Py_ssize_t batch, Sequence *sequence) no
             sequence.tasks_per_head = last // CHUNK - sequence.first_chunk + 1
 
 
+cdef inline void move_head(const Call *call, Head *head, Py_ssize_t by) noexcept nogil:
+    """To the KV head that is so many further on."""
+    head.kv_head += by
+    head.key += by * call.key.head
+    head.value += by * call.value.head
+    head.key_scales += by * call.key_scales.head
+    head.value_scales += by * call.value_scales.head
+
+
 cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
     # Tasks of a head stand together (they share its keys), the last queries first: with causal
     # masks those are the largest.
@@ -923,8 +1015,10 @@ cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
     task -= job.places[low].task
     open_sequence(job, low, &sequence)
     cdef const Call *call = &job.few if sequence.few else &job.tiles
-    head.kv_head = task // sequence.tasks_per_head
+    cdef Py_ssize_t kv_head = task // sequence.tasks_per_head * call.heads_per_task
     task %= sequence.tasks_per_head
+    head.kv_head = 0
+    head.number = 0
     head.q_len = sequence.q_len
     head.query = batch_entry(call, &call.query, low) + sequence.q_start * call.query.row
     head.out = batch_entry(call, &call.out, low) + sequence.q_start * call.out.row
@@ -934,20 +1028,19 @@ cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
     head.pages = NULL
     head.key = call.key.data
     head.value = call.value.data
-    head.key_scales = call.key_scales.data + head.kv_head * call.key_scales.head
-    head.value_scales = call.value_scales.data + head.kv_head * call.value_scales.head
+    head.key_scales = call.key_scales.data
+    head.value_scales = call.value_scales.data
     if call.block_table.data != NULL:
         head.pages = <const int64_t *>batch_entry(call, &call.block_table, low)
     else:
         head.key = batch_entry(call, &call.key, low) + sequence.k_start * call.key.row
         head.value = batch_entry(call, &call.value, low) + sequence.k_start * call.value.row
-    head.key += head.kv_head * call.key.head
-    head.value += head.kv_head * call.value.head
+    move_head(call, &head, kv_head)
     head.mask = batch_entry(call, &call.mask, low)
     head.slopes = batch_entry(call, &call.slopes, low)
     head.offset = sequence.offset
     head.visible = sequence.visible
-    head.S = scratch
+    head.scratch = scratch
     head.gathered = scratch + call.gathered_at
     if call.kernels.enter != NULL:
         call.kernels.enter()
@@ -962,9 +1055,10 @@ cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
 cdef Tile *open_next(const Call *call, const Head *head, int number,
                      Py_ssize_t row_begin, Py_ssize_t rows) noexcept nogil:
     """The task's tile of that number, opened, with `rows` from row_begin on."""
-    cdef Tile *tile = <Tile *>(head.S + call.tiles_at + number * call.tile_bytes)
+    cdef Tile *tile = tile_of(call, head, number)
     tile.Qt = <char *>tile + TILE_BYTES
     tile.acc = <char *>tile + call.acc_at
+    tile.S = head.scratch if call.heads_per_task == 1 else <char *>tile + call.S_at
     tile.row_begin = row_begin
     tile.count = <int>rows
     tile.nvec = (tile.count + call.kernels.lanes - 1) // call.kernels.lanes
@@ -975,20 +1069,41 @@ cdef Tile *open_next(const Call *call, const Head *head, int number,
     return tile
 
 
-cdef void attend_keys(const Call *call, const Head *head, int tiles, int64_t first,
+cdef void attend_turn(const Call *call, const Head *heads, int count, int64_t begin) noexcept nogil:
+    """The keys from `begin` on, which the rows of all heads see, in the order of a turn."""
+    cdef int together = count if call.run < call.block_k else 1, i
+    cdef int64_t key
+    cdef Block block
+    memset(&block, 0, sizeof(Block))
+    for i from 0 <= i < count by together:
+        for key from begin <= key < begin + call.turn by call.block_k:
+            block.begin = key
+            attend_whole(call, &heads[i], together, count, &block, call.block_k)
+    for i in range(count):
+        tile_of(call, heads, i).seen = ~<uint64_t>0
+
+
+cdef void attend_keys(const Call *call, const Head *heads, int num_heads, int tiles, int64_t first,
                       int64_t last) noexcept nogil:
-    """The keys first to last, block by block, against the open tiles."""
+    """The keys first to last, block by block, against the open tiles: of one head, or one of each."""
+    cdef const Tile *tile = tile_of(call, heads, 0)
+    cdef bint turns = num_heads > 1 and tile.count <= call.kernels.lanes
     cdef Block block
     cdef int i
     cdef int64_t begin = first // call.block_k * call.block_k
     while begin <= last:
+        if (turns and begin % call.turn == 0 and begin >= tile.first_max
+                and begin + call.turn - 1 <= min(tile.last_min, last)):
+            attend_turn(call, heads, num_heads, begin)
+            begin += call.turn
+            continue
         memset(&block, 0, sizeof(Block))
         block.begin = begin
         block.nk = min(call.block_k, last + 1 - begin)
         block.skipped = max(0, first - begin)
         block.finite = -1
         for i in range(tiles):
-            attend_block(call, head, <Tile *>(head.S + call.tiles_at + i * call.tile_bytes), &block)
+            attend_block(call, &heads[i if num_heads > 1 else 0], tile_of(call, heads, i), &block)
         begin += call.block_k
 
 
@@ -1005,26 +1120,36 @@ cdef void run_tiles(const Call *call, const Head *head, Py_ssize_t part) noexcep
         last = max(last, tile.last_max)
         row_begin += call.kernels.tile_q
         tiles += 1
-    attend_keys(call, head, tiles, first, last)
+    attend_keys(call, head, 1, tiles, first, last)
     for i in range(tiles):
-        close_tile(call, head, <Tile *>(head.S + call.tiles_at + i * call.tile_bytes))
+        close_tile(call, head, tile_of(call, head, i))
 
 
 cdef void run_chunk(const Job *job, const Call *call, const Head *head, const Sequence *sequence,
                     Py_ssize_t chunk) noexcept nogil:
-    """All rows of a KV group against a chunk of the keys."""
-    cdef Tile *tile = open_next(call, head, 0, 0, call.group * head.q_len)
+    """All rows of the task's KV groups against a chunk of the keys."""
+    cdef int count = <int>min(call.heads_per_task, call.num_kv_heads - head.kv_head), i
+    cdef Head heads[MAX_HEADS]
+    cdef Tile *tile = NULL
     cdef int64_t begin = (sequence.first_chunk + chunk) * CHUNK
     cdef char *parts
-    attend_keys(call, head, 1, max(begin, tile.first_min), min(begin + CHUNK - 1, tile.last_max))
-    if sequence.tasks_per_head > 1:
-        parts = job.parts + (job.places[sequence.batch].part
-                             + head.kv_head * sequence.tasks_per_head) * job.part_bytes
-        save_part(call, tile, parts + chunk * job.part_bytes)
-        if take_one(&(<Part *>parts).remaining, 1) > 0:
-            return
-        merge_parts(call, tile, parts, job.part_bytes, sequence.tasks_per_head)
-    close_tile(call, head, tile)
+    for i in range(count):
+        heads[i] = head[0]
+        heads[i].number = i
+        move_head(call, &heads[i], i)
+        tile = open_next(call, &heads[i], i, 0, call.group * head.q_len)
+    attend_keys(call, heads, count, count, max(begin, tile.first_min),
+                min(begin + CHUNK - 1, tile.last_max))
+    for i in range(count):
+        tile = tile_of(call, head, i)
+        if sequence.tasks_per_head > 1:
+            parts = job.parts + (job.places[sequence.batch].part
+                                 + heads[i].kv_head * sequence.tasks_per_head) * job.part_bytes
+            save_part(call, tile, parts + chunk * job.part_bytes)
+            if take_one(&(<Part *>parts).remaining, 1) > 0:
+                continue
+            merge_parts(call, tile, parts, job.part_bytes, sequence.tasks_per_head)
+        close_tile(call, &heads[i], tile)
 
 
 cdef void save_part(const Call *call, const Tile *tile, char *memory) noexcept nogil:
@@ -1377,6 +1502,36 @@ cdef void note_widened(Operand *operand, cnp.ndarray array, int real_bytes) noex
                           or cnp.PyArray_DIMS(array)[cnp.PyArray_NDIM(array) - 1] <= 1)
 
 
+cdef void set_turns(Call *call) noexcept:
+    """In what order several heads of a task read, if that is of use: see LONG_RUN.
+
+    run: keys of a head that lie together, before those of the next one. turn: whole blocks and
+    whole runs, after which all heads are as far. 0: heads don't take turns.
+    """
+    cdef Py_ssize_t run = 0
+    if abs(call.key.head) < abs(call.key.row):
+        run = QKV_GROUP
+    elif call.page_size * call.key.row < LONG_RUN:
+        run = call.page_size
+    if (run == 0 or run % QKV_GROUP or call.page_size % run
+            or not call.key.direct or not call.value.direct
+            or call.modified or call.mask.data != NULL or max(call.head_dim, call.v_dim) > WIDE):
+        return
+    call.turn = max(run, call.block_k)
+    if call.turn % run == 0 and call.turn % call.block_k == 0 and CHUNK % call.turn == 0:
+        call.run = run
+
+
+cdef Py_ssize_t heads_in_turn(const Call *call, Py_ssize_t tasks, Py_ssize_t threads) noexcept:
+    """The KV heads of a task, if there are so many tasks of one."""
+    cdef Py_ssize_t heads = min(<Py_ssize_t>MAX_HEADS, call.num_kv_heads)
+    if call.run == 0:
+        return 1
+    while heads > 1 and tasks < heads * TASKS_IF_PACKED * threads:
+        heads = (heads + 1) // 2
+    return heads
+
+
 cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few) except *:
     """Fill a Call, for tiles or for few rows, with these kernels."""
     cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
@@ -1436,7 +1591,7 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
         call.query_factor = -1 if call.query_factor < 0 else 1
     call.left = problem.left
     call.right = problem.right
-    call.tiles_per_task = 1
+    call.tiles_per_task = call.heads_per_task = 1
     call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
     cdef Py_ssize_t widest = max(call.head_dim, call.v_dim)
     if widest > (<Py_ssize_t>1 << 40):
@@ -1447,6 +1602,7 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
     if few:
         call.block_k = min(call.block_k, BLOCK_K_FEW_HALF if size_of(call.key.type) == 2
                            else BLOCK_K_FEW)
+        set_turns(call)
 
 
 cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
@@ -1475,8 +1631,11 @@ cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
     call.value_factors_at = call.factors_at + factors
     call.tiles_at = call.value_factors_at + factors
     call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
-    call.tile_bytes = call.acc_at + round_up(v_depth * row_bytes)
-    call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.tile_bytes
+    call.S_at = call.acc_at + round_up(v_depth * row_bytes)
+    call.tile_bytes = call.S_at
+    if call.heads_per_task > 1:
+        call.tile_bytes += round_up(keys * row_bytes)
+    call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.heads_per_task * call.tile_bytes
 
 
 cdef double place_tasks(const Job *job, Place *totals) noexcept nogil:
@@ -1485,13 +1644,14 @@ cdef double place_tasks(const Job *job, Place *totals) noexcept nogil:
     cdef Sequence sequence
     cdef Place place
     cdef double work = 0
-    cdef Py_ssize_t batch
+    cdef Py_ssize_t batch, heads
     memset(&place, 0, sizeof(Place))
     for batch in range(job.batches):
         if job.places != NULL:
             job.places[batch] = place
         open_sequence(job, batch, &sequence)
-        place.task += call.num_kv_heads * sequence.tasks_per_head
+        heads = job.few.heads_per_task if sequence.few else 1
+        place.task += (call.num_kv_heads + heads - 1) // heads * sequence.tasks_per_head
         if sequence.few and sequence.tasks_per_head > 1:
             place.part += call.num_kv_heads * sequence.tasks_per_head
         # Few rows wait for memory as long as four would compute.
@@ -1534,6 +1694,7 @@ def run(problem, str tiles, str isa, double few_share=0, cnp.ndarray busy=None):
     if cnp.PyArray_DIMS(key)[cnp.PyArray_NDIM(query) - 3] == 0:  # no heads
         return
     memset(&job, 0, sizeof(Job))
+    job.few.heads_per_task = 1
     if tiles == "blas":
         if not blas_loaded:
             load_blas()
@@ -1556,6 +1717,8 @@ def run(problem, str tiles, str isa, double few_share=0, cnp.ndarray busy=None):
         job.batches *= call.batch_shape[axis]
     cdef int budget = problem.num_threads
     cdef Place totals
+    if job.few_most > 0:
+        prepare(&job.few, problem, few, True)
     cdef double work = place_tasks(&job, &totals)
     # Keys and values that must be converted, packed or looked at once for several tiles, or fetched
     # from far.
@@ -1573,7 +1736,7 @@ def run(problem, str tiles, str isa, double few_share=0, cnp.ndarray busy=None):
     lay_out_scratch(call, kernels.tile_q)
     job.scratch_bytes = call.scratch_bytes
     if job.few_most > 0:
-        prepare(&job.few, problem, few, True)
+        job.few.heads_per_task = heads_in_turn(&job.few, totals.task, budget)
         axis = min(job.few_most, call.group * call.q_len)
         axis = (axis + few.lanes - 1) // few.lanes * few.lanes
         lay_out_scratch(&job.few, axis)
