@@ -8,8 +8,6 @@
  * 6000 bytes 0.92-0.98; int8 3000 bytes 0.83, 6000 0.75; every other line alone 0.5-0.8; whole groups
  * of 4 KiB ahead 0.1 less on bfloat16. */
 #define AHEAD(type) (BYTES_OF(type) == 1 ? 3000 : 6000)
-#define CACHE_LINE 64
-#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
 #ifndef FEW_SUMS
 #define FEW_SUMS 8 /* registers for the accumulators of values */

@@ -112,11 +112,18 @@ static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t
 
 /* Spans are not used: what they would save is little beside the padding that they would need. */
 static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec, const qkv_span *span)
+                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon)
 {
+    const ptrdiff_t rows = (nk + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
+    const ptrdiff_t pairs = (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
+    qkv_rows lists[2];
     (void)span;
-    product(S, Qt, K, k_stride, 4, (nk + ROW_STEP - 1) / ROW_STEP * ROW_STEP,
-            (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, NULL, NULL, 1);
+    if (soon) {
+        memcpy(lists, soon, sizeof lists);
+        product(S, Qt, K, k_stride, 4, rows, pairs, nvec, NULL, NULL, 1, lists);
+    } else {
+        product(S, Qt, K, k_stride, 4, rows, pairs, nvec, NULL, NULL, 1, NULL);
+    }
 }
 
 static void accumulate(void *acc, const void *P, const char *Vt, ptrdiff_t v_stride, ptrdiff_t nk,
@@ -124,5 +131,5 @@ static void accumulate(void *acc, const void *P, const char *Vt, ptrdiff_t v_str
 {
     (void)span;
     product(acc, P, Vt, v_stride, 4, (Dv + ROW_STEP - 1) / ROW_STEP * ROW_STEP,
-            (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, decay, NULL, 0);
+            (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, decay, NULL, 0, NULL);
 }

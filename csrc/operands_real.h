@@ -73,13 +73,19 @@ static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t
 }
 
 static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec, const qkv_span *span)
+                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon)
 {
-    product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL, span, 1);
+    qkv_rows lists[2];
+    if (soon) {
+        memcpy(lists, soon, sizeof lists);
+        product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL, span, 1, lists);
+    } else {
+        product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL, span, 1, NULL);
+    }
 }
 
 static void accumulate(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
                        ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span)
 {
-    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, decay, span, 0);
+    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, decay, span, 0, NULL);
 }

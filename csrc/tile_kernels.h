@@ -31,6 +31,12 @@ typedef struct {
     int begin, end;
 } qkv_span;
 
+/* Rows that are wanted soon: so many, of so many bytes, the first of them from its byte `at` on. */
+typedef struct {
+    const char *row;
+    ptrdiff_t stride, bytes, count, at;
+} qkv_rows;
+
 typedef struct {
     const char *isa;
     int real_bytes; /* 4: float, 8: double */
@@ -52,9 +58,10 @@ typedef struct {
     void (*pack_values)(void *Vt, ptrdiff_t packed_stride, const char *V, ptrdiff_t v_stride,
                         ptrdiff_t nk, ptrdiff_t Dv);
 
-    /* S[k][:] = sum_d K[k][d] * Qt[d][:], at least inside the span. */
+    /* S[k][:] = sum_d K[k][d] * Qt[d][:], at least inside the span. Meanwhile the two lists of
+     * rows in `soon` are fetched into the caches, side by side; NULL: nothing is. */
     void (*scores)(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec, const qkv_span *span);
+                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon);
 
     /* S *= c */
     void (*scale)(void *S, ptrdiff_t nk, int nvec, double c);

@@ -16,6 +16,23 @@
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
+#define CACHE_LINE 64
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+
+/* Ask for the next line of both lists. */
+INLINE void fetch_soon(qkv_rows soon[2])
+{
+    UNROLL for (int i = 0; i < 2; i++) {
+        if (soon[i].count == 0) continue;
+        PREFETCH(soon[i].row + soon[i].at);
+        soon[i].at += CACHE_LINE;
+        if (soon[i].at < soon[i].bytes) continue;
+        soon[i].at = 0;
+        soon[i].row += soon[i].stride;
+        soon[i].count--;
+    }
+}
+
 INLINE real load_real(const char *p)
 {
     real x;

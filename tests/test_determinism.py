@@ -45,7 +45,7 @@ def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, d
     if engine.engine == "python":
         pytest.skip("NumPy's products do not promise this")
     monkeypatch.setattr(_backend, "_runners", {})
-    for name in ("FEW_SHARE", "FEW_SHARE_PAIRS"):
+    for name in ("FEW_SHARE", "FEW_SHARE_PAIRS", "FEW_SHARE_CONVERTED"):
         monkeypatch.setattr(_backend, name, 0.0)
     q, k, v = make(rng, (1, 2, 2, 150, 1300, 48, 40), dtype)
     whole = sdpa(q, k, v, is_causal=True, query_offset=1200)

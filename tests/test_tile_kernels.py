@@ -83,7 +83,7 @@ def test_both_products(table, rng):
                 b = rng.standard_normal((red, ld)).astype(real(table))
                 c = scratch(table, np.full((rows, ld), 9.0))
                 table.scores(address(c), address(b), address(a), a.strides[0], rows, red, nvec,
-                             None)  # fmt: skip
+                             None, None)  # fmt: skip
                 close(table, c, a[:, :red].astype(float) @ b)
                 at = np.ascontiguousarray(a.T)
                 decay = rng.random(ld).astype(real(table))
@@ -228,8 +228,8 @@ def test_a_span_limits_the_products(table, rng):
     inside = inside.repeat(table.lanes, axis=1)
     whole, some = scratch(table, np.zeros((nk, ld))), scratch(table, np.zeros((nk, ld)))
     scores = (address(qt), address(k), k.strides[0], nk, d, nvec)
-    table.scores(address(whole), *scores, None)
-    table.scores(address(some), *scores, address(span))
+    table.scores(address(whole), *scores, None, None)
+    table.scores(address(some), *scores, address(span), None)
     np.testing.assert_array_equal(some[:-1], np.where(inside, whole[:-1], 0))
     p = np.where(inside, rng.random((nk, ld)), -0.0).astype(real(table))
     acc = [scratch(table, np.ones((d, ld))) for _ in range(2)]
@@ -239,6 +239,23 @@ def test_a_span_limits_the_products(table, rng):
             address(a), address(p), address(k), k.strides[0], nk, d, nvec, address(decay), limits
         )
     np.testing.assert_array_equal(*acc)
+
+
+def test_what_is_fetched_meanwhile_changes_nothing(table, rng):
+    """Nor need it be there: rows are of any length, and may lie where no memory is."""
+    nvec, nk, d = len(widths(table)), 29, 50
+    k = rng.standard_normal((nk, d)).astype(real(table))
+    qt = rng.standard_normal((d, nvec * table.lanes)).astype(real(table))
+    scores = (address(qt), address(k), k.strides[0], nk, d, nvec, None)
+    alone = scratch(table, np.zeros((nk, nvec * table.lanes)))
+    table.scores(address(alone), *scores, None)
+    for row in ((address(k), k.strides[0], 200, 9, 0), (16, -64, 1, 3, 0), (16, 0, 0, 2, 0),
+                (0, 0, 0, 0, 0)):  # fmt: skip
+        soon = np.array([row, (1 << 40, 1 << 33, 1 << 20, 1 << 20, 64)], np.intp)
+        before, beside = soon.copy(), np.zeros_like(alone)
+        table.scores(address(beside), *scores, address(soon))
+        np.testing.assert_array_equal(beside[:-1], alone[:-1])
+        np.testing.assert_array_equal(soon, before)
 
 
 @pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
@@ -312,7 +329,15 @@ def test_paired_products(paired, rng):
                     assert (packed[-1] == 7).all()
                     s = np.full((up(nk, paired.row_step) + 1, ld), GUARD, np.float32)
                     paired.scores(
-                        address(s), address(packed), address(key), key.strides[0], nk, d, nvec, None
+                        address(s),
+                        address(packed),
+                        address(key),
+                        key.strides[0],
+                        nk,
+                        d,
+                        nvec,
+                        None,
+                        None,
                     )
                     assert (s[-1] == GUARD).all()
                     exact = sign * key[:nk].astype(float) @ np.pad(

@@ -182,8 +182,8 @@ def test_uneven_lengths_are_balanced(native, rng):
     busy = np.zeros(2)
     with qkv_fast.backend("native"), qkv_fast.threads(2):
         choice = _backend.current()
-        share = _backend.few_share(_backend._wish.get(), choice, problem.code)
-        _backend._native_module().run(problem, choice.tiles, choice.isa, share, busy)
+        shares = _backend.few_shares(_backend._wish.get(), choice, problem.code)
+        _backend._native_module().run(problem, choice.tiles, choice.isa, *shares, busy)
         expected = varlen_attention(q, k, v, cu, is_causal=True)
     assert busy.sum() > 0
     np.testing.assert_array_equal(problem.result, expected)

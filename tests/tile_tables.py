@@ -27,7 +27,7 @@ class Table(ctypes.Structure):
         ("leave", _f(None)),
         ("pack_rows", _f(None, PTR, PTR, SIZE, INT, DOUBLE)),
         ("pack_values", _f(None, PTR, SIZE, PTR, SIZE, SIZE, SIZE)),
-        ("scores", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR)),
+        ("scores", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR, PTR)),
         ("scale", _f(None, PTR, SIZE, INT, DOUBLE)),
         ("softcap", _f(None, PTR, SIZE, INT, DOUBLE)),
         ("alibi", _f(None, PTR, SIZE, INT, PTR, PTR)),

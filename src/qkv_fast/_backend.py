@@ -27,12 +27,13 @@ TILES = ("auto", "simd", "blas")
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
 _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
 
-# Where the two kinds of kernels take about the same time: 8 heads, 4096 keys of size 128, 1 to 48
-# rows (docs/architecture.md). With 16 lanes of float32 that is at 12 to 14 rows, and again at 20
-# to 24; BLAS tiles, which have 64 rows, are slower at 32 yet; bfloat16 in pairs is faster from 5
-# on. The engine takes twice the share for keys that no cache holds.
-FEW_SHARE = 0.875
+# Where the two kinds of kernels take about the same time: 8 heads, 1024 to 65536 keys of size 128
+# (docs/architecture.md). With 16 lanes of float32 that is at 10 rows, with 8 at 6; BLAS tiles,
+# which have 64 rows, are slower at 32 yet. bfloat16 in pairs is faster from 6 to 10 rows on. Tiles
+# that convert keys first (float16, int8) are only so from 16 on, and again from 24.
+FEW_SHARE = 0.625
 FEW_SHARE_PAIRS = 0.3
+FEW_SHARE_CONVERTED = 0.875
 
 _VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
@@ -177,16 +178,19 @@ def resolve(wish: _Wish | None, code: int) -> Choice:
     return Choice("native", tiles, isa)
 
 
-def few_share(wish: _Wish | None, choice: Choice, code: int) -> float:
+def few_shares(wish: _Wish | None, choice: Choice, code: int) -> tuple[float, float]:
     """Return the share of a tile's lanes up to which rows are few, for the native engine.
+
+    First that where tiles take the keys as they are, then that where they convert them.
 
     A KV group's rows are its query heads times its queries. Kernels for few rows (csrc/few_rows.h)
     take time for each row, tiles for each vector of rows.
     """
     asked = wish[1] if wish else "auto"
     if (_from_environment()[1] if asked == "auto" else asked) == "blas":
-        return 0.0
-    return FEW_SHARE_PAIRS if code == BFLOAT16 and choice.isa in _BFLOAT16_ONLY else FEW_SHARE
+        return 0.0, 0.0
+    paired = code == BFLOAT16 and choice.isa in _BFLOAT16_ONLY
+    return FEW_SHARE_PAIRS if paired else FEW_SHARE, FEW_SHARE_CONVERTED
 
 
 def _runner(wish: _Wish | None, code: int) -> _Runner:
@@ -208,8 +212,8 @@ def _runner(wish: _Wish | None, code: int) -> _Runner:
     native_run, tiles, isa = _native_module().run, choice.tiles, choice.isa
     if tiles == "blas":
         _native_module().load_blas()
-    share = few_share(wish, choice, code)
-    return lambda problem: native_run(problem, tiles, isa, share)
+    shares = few_shares(wish, choice, code)
+    return lambda problem: native_run(problem, tiles, isa, *shares)
 
 
 def _native_module() -> ModuleType:

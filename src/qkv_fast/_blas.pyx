@@ -27,7 +27,7 @@ ctypedef fused real:
     double
 
 ctypedef void (*scores_t)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                          int, const void *) noexcept nogil
+                          int, const void *, const void *) noexcept nogil
 ctypedef void (*accumulate_t)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
                               Py_ssize_t, int, const void *, const void *) noexcept nogil
 
@@ -69,13 +69,13 @@ cdef inline void product(int wide, bint transposed, Py_ssize_t rows, Py_ssize_t 
 
 
 cdef void scores_f32(void *S, const void *Qt, const char *K, Py_ssize_t k_stride, Py_ssize_t nk,
-                     Py_ssize_t D, int nvec, const void *span) noexcept nogil:
+                     Py_ssize_t D, int nvec, const void *span, const void *soon) noexcept nogil:
     product(0, False, nk, D, <char *>S, <const char *>Qt, K, k_stride, 4,
             max(k_stride // 4, 1), True)
 
 
 cdef void scores_f64(void *S, const void *Qt, const char *K, Py_ssize_t k_stride, Py_ssize_t nk,
-                     Py_ssize_t D, int nvec, const void *span) noexcept nogil:
+                     Py_ssize_t D, int nvec, const void *span, const void *soon) noexcept nogil:
     product(1, False, nk, D, <char *>S, <const char *>Qt, K, k_stride, 8,
             max(k_stride // 8, 1), True)
 
