@@ -167,10 +167,17 @@ def paged(rounds: int) -> None:
             runs[str(size)] = lambda q=q, p=pages, t=table: qkv_fast.paged_attention(
                 q, *p, t, keys, dtype="bfloat16"
             )
+        if order == "in order":
+            rows = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v)]
+            runs["rows"] = lambda q=q, rows=rows: qkv_fast.paged_attention(
+                q, *rows, np.arange(batch)[:, None], keys, dtype="bfloat16"
+            )
         seconds = in_turns(runs, rounds)
-        ratios = ", ".join(f"{size}: {seconds[str(size)] / seconds[str(keys)]:.2f}"
-                           for size in sizes)  # fmt: skip
+        ratios = ", ".join(f"{size}: {seconds[size] / seconds[str(keys)]:.2f}"
+                           for size in map(str, sizes))  # fmt: skip
         print(f"{kind}, pages {order}, of {ratios} of the time in one piece")
+        if order == "in order":
+            print(f"{kind}, (batch, keys, heads, size): {seconds['rows'] / seconds[str(keys)]:.2f}")
 
 
 def draw(curves: dict[str, list[float]], file: str) -> None:

@@ -7,7 +7,8 @@ is one tile, or a few neighbours that share the keys they read. For each key blo
 
 The same nest serves float32 and float64, SIMD and BLAS tiles: only the table differs. Where a KV group
 has few rows (decode), both products are others (few_rows.h), and the keys are split into chunks of
-a fixed length, a task each, whose partial results the last one to end merges in their order.
+a fixed length, a task each, whose partial results the last one to end merges in their order. Such a
+task takes several KV heads, a tile each, where these lie between one another in memory.
 """
 
 cimport cython
@@ -434,10 +435,11 @@ cdef inline void set_soon(const Call *call, const Head *head, const Operand *ope
                           Py_ssize_t length, int64_t begin, int64_t end,
                           qkv_rows *soon) noexcept nogil:
     """The rows of keys from begin to end, as far as they lie in one page."""
-    soon.at = 0
+    soon.row = rows
     soon.stride = operand.row
     soon.bytes = length * size_of(operand.type)
     soon.count = max(0, end - begin)
+    soon.at = 0
     if begin < end:
         soon.row = find_rows(call, head, operand, rows, begin, &soon.count)
 
