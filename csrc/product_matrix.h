@@ -98,7 +98,8 @@ INLINE void rescale(real *C, ptrdiff_t rows, int nvec, const real *decay)
 }
 
 /* C[rows][ld] = C * decay + A[rows][red] * B[red][ld]; rows a multiple of 16, red, in pairs of
- * bfloat16, of 16; a_red is 4. Nothing is fetched: that gains little from memory, and costs in the caches. */
+ * bfloat16, of 16; a_red is 4. Nothing is fetched: that gains little from memory,
+ * and costs in the caches. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
                     const real *decay, const qkv_span *span, const int is_scores, qkv_rows *soon)

@@ -58,8 +58,8 @@ typedef struct {
     void (*pack_values)(void *Vt, ptrdiff_t packed_stride, const char *V, ptrdiff_t v_stride,
                         ptrdiff_t nk, ptrdiff_t Dv);
 
-    /* S[k][:] = sum_d K[k][d] * Qt[d][:], at least inside the span. Meanwhile the two lists of
-     * rows in `soon` are fetched into the caches, side by side; NULL: nothing is. */
+    /* S[k][:] = sum_d K[k][d] * Qt[d][:], at least inside the span. Meanwhile some tables fetch
+     * the two lists of rows in `soon` into the caches, side by side; NULL: there are none. */
     void (*scores)(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
                    ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon);
 
