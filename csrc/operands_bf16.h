@@ -118,7 +118,7 @@ static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, p
     const ptrdiff_t pairs = (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
     qkv_rows lists[2];
     (void)span;
-    if (soon) {
+    if (soon) { /* two loops, as for reals */
         memcpy(lists, soon, sizeof lists);
         product(S, Qt, K, k_stride, 4, rows, pairs, nvec, NULL, NULL, 1, lists);
     } else {
