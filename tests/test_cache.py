@@ -348,6 +348,7 @@ REFUSED: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "counts holds", lambda c: c.extend(-1)),
     (ValueError, "exceed the cache's capacity", lambda c: c.extend(2)),
     (ValueError, "query has shape", lambda c: c.attend(ONE[0])),
+    (ValueError, "first axis stands for 2", lambda c: c.attend(np.concatenate([ONE, ONE, ONE]))),
     (ValueError, "multiple", lambda c: KVCache(2, 2, 4, 3).attend(np.ones((2, 3, 1, 3), "f4"))),
 ]  # fmt: skip
 

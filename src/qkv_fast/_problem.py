@@ -327,63 +327,137 @@ def normalize_paged(
     num_threads: Any,
     dtype: Any,
 ) -> Problem:
-    """Keys and values in pages, of any element type that the cache may have."""
-    query = as_array("query", query)
-    key, value = as_array("key_pages", key_pages), as_array("value_pages", value_pages)
+    """Keys and values in pages, of any element type that a cache may have."""
     p = Problem()
     raw = wants_bits(dtype)
-    p.query_code = code_of(query.dtype, raw)
-    p.out_code = p.query_code & ~SWAPPED
-    if p.query_code < 0:
-        raise TypeError(f"query has dtype {query.dtype}: it must be one of {_ACCEPTED}")
+    key, value = as_array("key_pages", key_pages), as_array("value_pages", value_pages)
     p.key_code, p.key_scales = _page_code("key", key, key_scales, raw)
     p.value_code, p.value_scales = _page_code("value", value, value_scales, raw)
-    codes = {code & ~SWAPPED for code in (p.query_code, p.key_code, p.value_code)}
-    p.code = p.out_code if len(codes) == 1 else FLOAT64 if FLOAT64 in codes else FLOAT32
-    for name, array in (("query", query), ("key_pages", key), ("value_pages", value)):
+    for name, array in (("key_pages", key), ("value_pages", value)):
         if array.ndim != 4:
-            what = "(batch, Hq, Lq, D)" if name == "query" else "(pages, Hkv, page_size, head size)"
-            raise ValueError(f"{name} has shape {array.shape}: it must be {what}")
-    num_batch, num_heads, q_len, head_dim = query.shape
-    num_pages, _, page_size, _ = key.shape
-    if value.shape[0] != num_pages:
+            raise ValueError(
+                f"{name} has shape {array.shape}: it must be (pages, Hkv, page_size, head size)"
+            )
+    if len(value) != len(key):
         raise ValueError(
-            f"value_pages has {value.shape[0]} pages, but key_pages has {num_pages}: both must "
-            "have the same"
+            f"value_pages has {len(value)} pages, but key_pages has {len(key)}: both must have the "
+            "same"
         )
-    if page_size == 0:
+    if key.shape[2] == 0:
         raise ValueError("key_pages has length 0 on axis -2: a page must hold at least one key")
-    v_dim = _check_sizes(query, key, value, enable_gqa)
-    p.query, p.key, p.value = query, key, value
-    batch, heads_shape = (num_batch,), (num_batch, num_heads)
-
+    p.key, p.value = key, value
+    query = _check_paged_query(query)
     table = _plain("block_table", block_table)
-    if table.dtype.kind not in "iu" or table.ndim != 2 or len(table) != num_batch:
+    if table.dtype.kind not in "iu" or table.ndim != 2 or len(table) != len(query):
         raise ValueError(
             f"block_table is an array of {table.dtype} of shape {table.shape}: integers of shape "
-            f"(batch, blocks) = ({num_batch}, ...) are needed"
+            f"(batch, blocks) = ({len(query)}, ...) are needed"
         )
     p.block_table = np.ascontiguousarray(table, np.int64)
-    room = table.shape[1] * page_size
-    p.key_lengths = _per_batch("key_lengths", key_lengths, batch, 0, room)
+    room = table.shape[1] * key.shape[2]
+    p.key_lengths = _per_batch("key_lengths", key_lengths, query.shape[:1], 0, room)
     p.kv_len = int(p.key_lengths.max(initial=0))
+    _set_paged_query(p, query, attn_mask, is_causal, scale, enable_gqa, query_offset, window,
+                     softcap, alibi_slopes, sinks, out, return_lse, num_threads, raw)  # fmt: skip
+    _check_table(p)
+    return p
+
+
+def normalize_cached(
+    query: Any,
+    key: Array,
+    value: Array,
+    code: int,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    block_table: Array,
+    lengths: Array,
+    attn_mask: Any,
+    is_causal: Any,
+    scale: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    out: Any,
+    return_lse: Any,
+    num_threads: Any,
+) -> Problem:
+    """Pages as a KVCache keeps them, checked when they came in; `code` is that of both arrays.
+
+    A model calls this for each layer and token, with CPU caches that the last keys have swept: each
+    line of memory that it leaves alone counts.
+    """
+    p = Problem()
+    p.key, p.value, p.key_code, p.value_code = key, value, code, code
+    p.key_scales, p.value_scales = key_scales, value_scales
+    p.block_table, p.key_lengths = block_table, lengths
+    p.kv_len = max(lengths.tolist(), default=0)
+    query = _check_paged_query(query)
+    if len(query) != len(lengths):
+        raise ValueError(
+            f"query has shape {query.shape}: its first axis stands for {len(lengths)} sequences"
+        )
+    _set_paged_query(p, query, attn_mask, is_causal, scale, True, None, window, softcap,
+                     alibi_slopes, sinks, out, return_lse, num_threads, True)  # fmt: skip
+    return p
+
+
+def _check_paged_query(given: Any) -> Array:
+    query = given if type(given) is np.ndarray else as_array("query", given)
+    if query.ndim != 4:
+        raise ValueError(f"query has shape {query.shape}: it must be (batch, Hq, Lq, D)")
+    return query
+
+
+def _set_paged_query(
+    p: Problem,
+    query: Array,
+    attn_mask: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    out: Any,
+    return_lse: Any,
+    num_threads: Any,
+    raw: bool,
+) -> None:
+    """Set all but the pages, which `p` has."""
+    dtype = query.dtype
+    p.query_code = code_of(dtype, raw)
+    p.out_code = out_code = p.query_code & ~SWAPPED
+    if p.query_code < 0:
+        raise TypeError(f"query has dtype {dtype}: it must be one of {_ACCEPTED}")
+    key_code, value_code = p.key_code & ~SWAPPED, p.value_code & ~SWAPPED
+    p.code = FLOAT64 if FLOAT64 in (out_code, key_code, value_code) else FLOAT32
+    if out_code == key_code == value_code:
+        p.code = out_code
+    p.query = query
+    num_batch, num_heads, q_len, head_dim = query.shape
+    v_dim = _check_sizes(query, p.key, p.value, enable_gqa)
+    heads_shape = (num_batch, num_heads)
     if attn_mask is not None:
         _set_mask(p, attn_mask, (*heads_shape, q_len, p.kv_len), raw)
     _set_modifiers(p, heads_shape, head_dim, is_causal, scale, query_offset, window, softcap,
                    alibi_slopes, sinks)  # fmt: skip
-    if query_offset is None:
+    # NumPy's arithmetic is a third of what is left of a KVCache's Python: not where it is in vain.
+    positions_matter = p.left < UNBOUNDED or p.right < UNBOUNDED or alibi_slopes is not None
+    if query_offset is None and positions_matter:
+        assert p.key_lengths is not None
         p.query_offset = p.key_lengths - q_len
-    _check_table(p, q_len, num_pages, page_size)
     p.num_threads = (
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
     )
-    wants_lse = _flag("return_lse", return_lse)
-    native = query.dtype.newbyteorder("=")
-    _set_output(p, query, out, (*heads_shape, q_len, v_dim), native, raw)
+    wants_lse = return_lse is not False and _flag("return_lse", return_lse)
+    _set_output(p, query, out, (*heads_shape, q_len, v_dim), dtype.newbyteorder("="), raw)
     p.lse = p.lse_result = None
     if wants_lse:
         p.lse = p.lse_result = np.empty((*heads_shape, q_len), _lse_dtype(p))
-    return p
 
 
 def _set_modifiers(
@@ -469,11 +543,12 @@ def _page_code(name: str, pages: Array, scales: Any, raw: bool) -> tuple[int, Ar
     return code, array
 
 
-def _check_table(p: Problem, q_len: int, num_pages: int, page_size: int) -> None:
+def _check_table(p: Problem) -> None:
     """Raise when a page that some query can see is none."""
     table, lengths = p.block_table, p.key_lengths
     assert table is not None
     assert lengths is not None
+    num_pages, page_size, q_len = len(p.key), p.key.shape[2], p.query.shape[2]
     if table.size == 0 or (table.min() >= 0 and table.max() < num_pages):
         return
     begin = np.arange(table.shape[1], dtype=np.int64) * page_size

@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, SWAPPED, as_array, code_of
+from ._problem import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    SWAPPED,
+    as_array,
+    code_of,
+    normalize_cached,
+)
 from ._reference import bfloat16_bits, reals
-from .paged import paged_attention
+from .attention import solve
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -347,22 +357,23 @@ class KVCache:
         lse : ndarray, shape (batch, Hq, Lq)
             With `return_lse`.
         """
-        chosen = self._chosen(sequences)
         lengths, table = self._lengths, self._table
         if sequences is not None:
+            chosen = self._chosen(sequences)
             lengths, table = lengths[chosen], table[chosen]
-        query = as_array("query", query)
         if self._window is not None:
+            query = as_array("query", query)
             left, right = (None, None) if window is None else window
             left = self._window if left is None else min(left, self._window)
             window = (left, right)
             q_len = query.shape[2] if query.ndim == 4 else 0
-            self._check_kept(chosen, lengths - q_len, lengths, f"query has {q_len} tokens")
-        return paged_attention(
-            query, self._keys, self._values, table, lengths, attn_mask, is_causal, scale,
-            window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            key_scales=self._key_scales, value_scales=self._value_scales, out=out,
-            return_lse=return_lse, num_threads=num_threads, dtype="bfloat16",
+            self._check_kept(
+                self._chosen(sequences), lengths - q_len, lengths, f"query has {q_len} tokens"
+            )
+        return solve(
+            normalize_cached(query, self._keys, self._values, self._code, self._key_scales,
+                             self._value_scales, table, lengths, attn_mask, is_causal, scale,
+                             window, softcap, alibi_slopes, sinks, out, return_lse, num_threads)
         )  # fmt: skip
 
     def extend(self, counts: Ints, *, sequences: Any = None) -> None:
