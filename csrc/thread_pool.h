@@ -18,6 +18,9 @@ typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
  * all are done. In a forked child everything runs on the calling thread. */
 void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int threads);
 
+/* A call has begun that will have tasks soon: workers that are still awake wait for it. */
+void qkv_announce_job(void);
+
 /* Whether this process was forked from one that had loaded the library. */
 int qkv_forked(void);
 

@@ -102,6 +102,12 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
         _wish.reset(token)
 
 
+def announce() -> None:
+    """Say that a call begins: while it is checked, threads that are still awake stay so."""
+    if _native is not None:
+        _native.announce()
+
+
 def dispatch(problem: Problem) -> None:
     """Compute `problem` with the engine in force."""
     key = (_wish.get(), problem.code)

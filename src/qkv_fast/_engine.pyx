@@ -28,6 +28,11 @@ cdef extern from "tile_kernels.h" nogil:
     ctypedef struct qkv_span:
         int begin, end
 
+    ctypedef struct qkv_sums:
+        const void *row_max
+        void *row_sum
+        const float *factors
+
     ctypedef struct qkv_rows:
         const char *row
         Py_ssize_t stride, bytes, count, at
@@ -65,11 +70,10 @@ cdef extern from "tile_kernels.h" nogil:
                            const void *) noexcept nogil
         void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
                            Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
-        void (*few_softmax)(void *, Py_ssize_t, int, const float *, const float *, void *, void *,
-                            void *) noexcept nogil
-        void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
-                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int,
-                               int) noexcept nogil
+        void (*few_maxima)(void *, Py_ssize_t, int, const float *, void *, void *) noexcept nogil
+        void (*few_accumulate)(void *, Py_ssize_t, void *, Py_ssize_t, const char **,
+                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *,
+                               const qkv_sums *, int, int) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
@@ -91,6 +95,7 @@ cdef extern from "convert.h" nogil:
 cdef extern from "thread_pool.h" nogil:
     void qkv_run_tasks(void (*)(const void *, int, Py_ssize_t) noexcept nogil, const void *,
                        Py_ssize_t, int)
+    void qkv_announce_job()
     int qkv_forked()
 
 cdef extern from *:
@@ -125,6 +130,7 @@ cdef enum:
     MAX_GROUPS = 132    # of such a block for as many heads, and QKV_GROUPS_AHEAD
     MAX_TABLES = 8
     ALIGNMENT = 64
+    PAGE = 4096
 
 cdef int64_t UNBOUNDED = <int64_t>1 << 62  # _problem.UNBOUNDED
 cdef double LOG2E = 1.4426950408889634074
@@ -206,7 +212,7 @@ cdef struct Call:
     int64_t left, right
     # A thread's scratch: S, gathered rows, key rows, value rows, packed values, factors, then for
     # each tile of a task Tile, Qt (or Q), acc and, where these are of several heads, their own S.
-    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, value_factors_at
+    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at
     Py_ssize_t tiles_at, acc_at, S_at, tile_bytes
     Py_ssize_t scratch_bytes
     Py_ssize_t q_stride, acc_stride     # reals in a row of Q and of acc, where rows are few
@@ -299,8 +305,8 @@ cdef struct Tile:
     uint64_t allow[MAX_BLOCK_K]
 
 
-cdef inline Py_ssize_t round_up(Py_ssize_t size) noexcept nogil:
-    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+cdef inline Py_ssize_t round_up(Py_ssize_t size, Py_ssize_t step=ALIGNMENT) noexcept nogil:
+    return (size + step - 1) // step * step
 
 
 cdef Py_ssize_t TILE_BYTES = round_up(sizeof(Tile))
@@ -474,17 +480,17 @@ cdef void load_value_rows(const Call *call, const Head *head, Block *block) noex
 
 
 cdef const float *load_factors(const Call *call, const Head *head, const Operand *scales,
-                               char *rows, const Block *block, Py_ssize_t nk,
-                               Py_ssize_t at) noexcept nogil:
-    """The factors of a block's rows, one after another in the scratch; NULL: there are none."""
-    cdef float *factors = <float *>(head.scratch + at)
+                               char *rows, const Block *block, Py_ssize_t first,
+                               Py_ssize_t nk) noexcept nogil:
+    """The factors of a block's keys from `first` to nk, one after another; NULL: there are none."""
+    cdef float *factors = <float *>(head.scratch + call.factors_at)
     cdef Py_ssize_t i, count
     cdef const char *source
     if scales.data == NULL:
         return NULL
     for i in range(block.skipped):
         factors[i] = 0
-    i = block.skipped
+    i = max(first, block.skipped)
     while i < nk:
         count = nk - i
         source = find_rows(call, head, scales, rows, block.begin + i, &count)
@@ -494,14 +500,14 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
             while count > 0:            # the next block's
                 count -= <Py_ssize_t>(ALIGNMENT // sizeof(float))
                 source += ALIGNMENT
-                prefetch(source + nk * sizeof(float))
+                prefetch(source + block.nk * sizeof(float))
             continue
         while count > 0:
             memcpy(&factors[i], source, sizeof(float))
             source += scales.row
             count -= 1
             i += 1
-    return factors
+    return factors + first
 
 
 cdef struct Groups:                     # keys or values as few_rows.h takes them
@@ -602,11 +608,11 @@ cdef inline void score_few(const Call *call, Tile *tile, const Groups *keys, int
 
 cdef inline void accumulate_few(const Call *call, Tile *tile, const Groups *values, int g,
                                 Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld, bint decays,
-                                bint partial) noexcept nogil:
+                                const qkv_sums *sums, bint partial) noexcept nogil:
     call.kernels.few_accumulate(
         tile.acc, call.acc_stride, tile.S + begin * ld * call.kernels.real_bytes, ld,
         <const char **>values.rows + g, values.stride, nk, call.v_dim, tile.count,
-        tile.decay if decays else NULL, partial, values.type)
+        tile.decay if decays else NULL, sums, partial, values.type)
 
 
 cdef void attend_whole(const Call *call, const Head *heads, int count, int turns,
@@ -617,13 +623,13 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
     and what they read is in the order of a turn. Else one head, whose keys may begin and end
     anywhere in the block.
     """
-    cdef const qkv_tile_kernels *kernels = call.kernels
     cdef int first = heads.number, h, g = 0
     cdef Tile *tile = tile_of(call, heads, first)
     cdef int64_t last = tile.last_max
     cdef Py_ssize_t k, run = nk - block.skipped, ld = 1
     cdef int num_groups = <int>(count * nk // QKV_GROUP)
     cdef Groups groups
+    cdef qkv_sums sums
     if count > 1:
         run = call.run
     while ld < tile.count:
@@ -646,14 +652,16 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
         for h in range(count):
             tile = tile_of(call, heads, first + h)
             if k == block.skipped:
-                kernels.few_softmax(
+                call.kernels.few_maxima(
                     tile.S, nk, <int>ld,
                     load_factors(call, &heads[h], &call.key_scales, heads[h].key_scales, block,
-                                 nk, call.factors_at),
-                    load_factors(call, &heads[h], &call.value_scales, heads[h].value_scales,
-                                 block, nk, call.value_factors_at),
-                    tile.row_max, tile.row_sum, tile.decay)
-            accumulate_few(call, tile, &groups, g, k, run, ld, k == block.skipped, False)
+                                 0, nk),
+                    tile.row_max, tile.decay)
+            sums.row_max = tile.row_max
+            sums.row_sum = tile.row_sum
+            sums.factors = load_factors(call, &heads[h], &call.value_scales,
+                                        heads[h].value_scales, block, k, k + run)
+            accumulate_few(call, tile, &groups, g, k, run, ld, k == block.skipped, &sums, False)
             g += <int>(run // QKV_GROUP)
 
 
@@ -894,7 +902,7 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
                        tile.span if partial else NULL, soon if fetches else NULL)
     if call.key_scales.data != NULL:
         kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
-            call, head, &call.key_scales, head.key_scales, block, nk, call.factors_at), 0)
+            call, head, &call.key_scales, head.key_scales, block, 0, nk), 0)
     if call.modified:
         modify_scores(call, head, tile, begin, nk)
     if bias:
@@ -908,11 +916,12 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
                     tile.decay)
     if call.value_scales.data != NULL:
         kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
-            call, head, &call.value_scales, head.value_scales, block, nk, call.factors_at), 1)
+            call, head, &call.value_scales, head.value_scales, block, 0, nk), 1)
     if call.few:
         load_groups(call, head, &call.value, head.value, call.v_dim, block, nk, tile.last_max,
                     &groups)
-        accumulate_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld, True, partial)
+        accumulate_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld, True, NULL,
+                       partial)
         return
     cdef const void *decay = NULL if tile.fresh else tile.decay
     cdef const qkv_span *span = tile.span if partial else NULL
@@ -1069,6 +1078,8 @@ cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
     else:
         head.key = batch_entry(call, &call.key, low) + sequence.k_start * call.key.row
         head.value = batch_entry(call, &call.value, low) + sequence.k_start * call.value.row
+        head.key_scales = batch_entry(call, &call.key_scales, low)
+        head.value_scales = batch_entry(call, &call.value_scales, low)
     move_head(call, &head, kv_head)
     head.mask = batch_entry(call, &call.mask, low)
     head.slopes = batch_entry(call, &call.slopes, low)
@@ -1332,13 +1343,13 @@ cdef size_t KEPT_BYTES = 32 << 20       # a larger arena is given back at once
 
 @cython.final
 cdef class Arena:
-    """64-byte aligned memory for the scratch of all threads of a call."""
+    """Memory from a page's begin on, for the scratch of all threads of a call."""
     cdef char *memory
     cdef size_t size
 
     def __cinit__(self, size_t size):
         self.size = size
-        self.memory = <char *>malloc(size + ALIGNMENT)
+        self.memory = <char *>malloc(size + PAGE)
         if self.memory == NULL:
             raise MemoryError(f"no memory for {size} bytes of attention scratch")
 
@@ -1346,7 +1357,7 @@ cdef class Arena:
         free(self.memory)
 
     cdef char *aligned(self) noexcept:
-        return <char *>((<uintptr_t>self.memory + ALIGNMENT - 1) & ~<uintptr_t>(ALIGNMENT - 1))
+        return <char *>((<uintptr_t>self.memory + PAGE - 1) & ~<uintptr_t>(PAGE - 1))
 
 
 cdef list idle_arenas = []      # one for each call that ever ran at the same time as the others
@@ -1661,15 +1672,17 @@ cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
     call.factors_at = call.packed_at
     if kernels.pack_values != NULL:
         call.factors_at += round_up(v_depth * call.packed_stride)
-    cdef Py_ssize_t factors = round_up((keys + kernels.lanes) * sizeof(float))
-    call.value_factors_at = call.factors_at + factors
-    call.tiles_at = call.value_factors_at + factors
-    call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
+    call.tiles_at = call.factors_at + round_up((keys + kernels.lanes) * sizeof(float))
+    # Qt at a page's begin and acc half a page on: had few_rows.h just written to where in a page it
+    # asks for values next, it would wait (7 % of bfloat16 from memory, if acc is at 3200).
+    call.tiles_at = round_up(call.tiles_at + TILE_BYTES, PAGE) - TILE_BYTES
+    call.acc_at = TILE_BYTES + round_up(depth * row_bytes, PAGE) + PAGE // 2
     call.S_at = call.acc_at + round_up(v_depth * row_bytes)
     call.tile_bytes = call.S_at
     if call.heads_per_task > 1:
         call.tile_bytes += round_up(keys * row_bytes)
-    call.scratch_bytes = call.tiles_at + call.tiles_per_task * call.heads_per_task * call.tile_bytes
+    call.scratch_bytes = round_up(
+        call.tiles_at + call.tiles_per_task * call.heads_per_task * call.tile_bytes, PAGE)
 
 
 cdef double place_tasks(const Job *job, Place *totals) noexcept nogil:
@@ -1708,6 +1721,11 @@ cdef void count_chunks(const Job *job) noexcept nogil:
         while part < job.places[batch + 1].part:
             (<Part *>(job.parts + part * job.part_bytes)).remaining = sequence.tasks_per_head
             part += sequence.tasks_per_head
+
+
+def announce():
+    """Keep threads awake that have just done a call's work: another call has begun."""
+    qkv_announce_job()
 
 
 def run(problem, str tiles, str isa, double few_share=0, double few_share_converted=0,
@@ -1790,9 +1808,9 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
             budget = min(budget, <int>cnp.PyArray_SIZE(busy))
         threads = threads_for(work, min(<Py_ssize_t>budget, totals.task))
         arena = take_arena(places_bytes + parts_bytes + <size_t>threads * job.scratch_bytes)
-        job.places = <Place *>arena.aligned()
+        job.scratch = arena.aligned()
+        job.places = <Place *>(job.scratch + threads * job.scratch_bytes)
         job.parts = <char *>job.places + places_bytes
-        job.scratch = job.parts + parts_bytes
         place_tasks(&job, &totals)
         count_chunks(&job)
         with nogil:

@@ -370,7 +370,7 @@ def normalize_cached(
     code: int,
     key_scales: Array | None,
     value_scales: Array | None,
-    block_table: Array,
+    block_table: Array | None,
     lengths: Array,
     attn_mask: Any,
     is_causal: Any,
@@ -383,8 +383,9 @@ def normalize_cached(
     return_lse: Any,
     num_threads: Any,
 ) -> Problem:
-    """Pages as a KVCache keeps them, checked when they came in; `code` is that of both arrays.
+    """Keys as a KVCache has them, checked when they came in; `code` is that of both arrays.
 
+    No block_table: sequence i is key[i], value[i].
     A model calls this for each layer and token, with CPU caches that the last keys have swept: each
     line of memory that it leaves alone counts.
     """

@@ -85,8 +85,13 @@ def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
     visible = p.kv_len if p.key_lengths is None else int(p.key_lengths[index])
     out = p.out.view(np.uint16) if p.out_code == BFLOAT16 else p.out
     if p.block_table is None:
-        key = Rows(own(p.key, p.key_starts, visible), None, p.key_code, None)
-        value = Rows(own(p.value, p.key_starts, visible), None, p.value_code, None)
+        key, value = (
+            Rows(own(rows, p.key_starts, visible), own(scales), code, None)
+            for rows, scales, code in (
+                (p.key, p.key_scales, p.key_code),
+                (p.value, p.value_scales, p.value_code),
+            )
+        )
     else:
         blocks = p.block_table[index]
         key = Rows(p.key, p.key_scales, p.key_code, blocks)

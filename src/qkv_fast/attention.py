@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from ._backend import dispatch
+from ._backend import announce, dispatch
 from ._problem import Problem, normalize
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def scaled_dot_product_attention(
     >>> qkv_fast.scaled_dot_product_attention(q, k, v).round(12)
     array([[3.]])
     """
+    announce()
     problem = normalize(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                         query_offset, window, softcap, alibi_slopes, sinks, key_lengths, out,
                         return_lse, num_threads, dtype)  # fmt: skip

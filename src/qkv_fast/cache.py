@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._backend import announce
 from ._problem import (
     BFLOAT16,
     FLOAT16,
@@ -357,10 +358,11 @@ class KVCache:
         lse : ndarray, shape (batch, Hq, Lq)
             With `return_lse`.
         """
-        lengths, table = self._lengths, self._table
+        announce()
+        lengths, table = self._lengths, None if self._fixed else self._table
         if sequences is not None:
             chosen = self._chosen(sequences)
-            lengths, table = lengths[chosen], table[chosen]
+            lengths, table = lengths[chosen], self._table[chosen]
         if self._window is not None:
             query = as_array("query", query)
             left, right = (None, None) if window is None else window

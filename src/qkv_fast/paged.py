@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._backend import announce
 from ._problem import normalize_paged
 from .attention import solve
 
@@ -112,6 +113,7 @@ def paged_attention(
     >>> bool(np.allclose(out[0], dense))
     True
     """
+    announce()
     return solve(
         normalize_paged(query, key_pages, value_pages, block_table, key_lengths, attn_mask,
                         is_causal, scale, enable_gqa, query_offset, window, softcap, alibi_slopes,

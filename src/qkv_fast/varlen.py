@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._backend import announce
 from ._problem import normalize_varlen
 from .attention import solve
 
@@ -110,6 +111,7 @@ def varlen_attention(
     >>> bool((packed[7:].swapaxes(0, 1) == alone).all())
     True
     """
+    announce()
     return solve(
         normalize_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale,
                          enable_gqa, query_offset, window, softcap, alibi_slopes, sinks,
