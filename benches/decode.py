@@ -68,15 +68,16 @@ def bandwidth(rounds: int) -> None:
     for (batch, heads, kv_heads, keys), kind in itertools.product(LONG, KINDS):
         stored = "float32" if kind == "int8" else kind
         q = tensor(rng, stored, batch, heads, 1, 128)
-        arrays = [tensor(rng, stored, batch, kv_heads, keys, 128) for _ in range(2)]
-        scales = []
-        if kind == "int8":
-            (k, k_scales), (v, v_scales) = map(quantize, arrays)
-            arrays, scales = [k, v], [k_scales, v_scales]
-        cache = qkv_fast.KVCache.from_arrays(
-            *arrays, keys, **dict(zip(("key_scales", "value_scales"), scales, strict=False))
-        )
-        everything = [*arrays, *scales]
+        cache = qkv_fast.KVCache(batch, kv_heads, keys, 128, dtype=kind)
+        cache.extend(keys)
+        arrays = [(cache.key_pages, cache.key_scales), (cache.value_pages, cache.value_scales)]
+        for rows, scales in arrays:
+            x = tensor(rng, stored, batch, kv_heads, keys, 128)
+            if scales is None:
+                rows[...] = x
+            else:
+                rows[...], scales[...] = quantize(x)
+        everything = [x for pair in arrays for x in pair if x is not None]
         seconds = in_turns(
             {
                 "attend": lambda cache=cache, q=q: cache.attend(q),

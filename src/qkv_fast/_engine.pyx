@@ -1673,14 +1673,16 @@ cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
     if kernels.pack_values != NULL:
         call.factors_at += round_up(v_depth * call.packed_stride)
     call.tiles_at = call.factors_at + round_up((keys + kernels.lanes) * sizeof(float))
-    # Qt at a page's begin and acc half a page on: had few_rows.h just written to where in a page it
-    # asks for values next, it would wait (7 % of bfloat16 from memory, if acc is at 3200).
-    call.tiles_at = round_up(call.tiles_at + TILE_BYTES, PAGE) - TILE_BYTES
-    call.acc_at = TILE_BYTES + round_up(depth * row_bytes, PAGE) + PAGE // 2
+    call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
+    if call.few:
+        # Q at a page's begin and acc half a page on: had few_rows.h just written to where in a page
+        # it asks for values next, it would wait (7 % of bfloat16 from memory, if acc is at 3200).
+        call.tiles_at = round_up(call.tiles_at + TILE_BYTES, PAGE) - TILE_BYTES
+        call.acc_at = TILE_BYTES + round_up(depth * row_bytes, PAGE) + PAGE // 2
     call.S_at = call.acc_at + round_up(v_depth * row_bytes)
     call.tile_bytes = call.S_at
-    if call.heads_per_task > 1:
-        call.tile_bytes += round_up(keys * row_bytes)
+    if call.heads_per_task > 1:  # and spread over the sets of the caches
+        call.tile_bytes = round_up(call.S_at + keys * row_bytes, PAGE) + PAGE // 2 + PAGE // 8
     call.scratch_bytes = round_up(
         call.tiles_at + call.tiles_per_task * call.heads_per_task * call.tile_bytes, PAGE)
 
