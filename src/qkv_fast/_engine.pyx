@@ -990,11 +990,14 @@ cdef inline int64_t entry_of(const Call *call, const Operand *operand, Py_ssize_
     return otherwise if data == NULL else (<int64_t *>data)[0]
 
 
+cdef inline Py_ssize_t lanes_at_once(const Call *call) noexcept nogil:
+    """What the lanes of a tile are a multiple of."""
+    return call.kernels.lanes * max(1, call.fixed_nvec)
+
+
 cdef inline bint rows_are_few(const Job *job, Py_ssize_t rows) noexcept nogil:
     """Whether they fill at most few_share of the vectors that a tile of them would have."""
-    cdef Py_ssize_t step = job.tiles.kernels.lanes
-    if job.tiles.fixed_nvec:
-        step *= job.tiles.fixed_nvec
+    cdef Py_ssize_t step = lanes_at_once(&job.tiles)
     return rows <= job.few_most and rows <= job.few_share * ((rows + step - 1) // step * step)
 
 
@@ -1765,6 +1768,8 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
     cdef const qkv_tile_kernels *few = table_of(index, QKV_FLOAT64 if wide else QKV_FLOAT32)
     job.few_share = few_share if call.key.direct and call.value.direct else few_share_converted
     job.few_most = min(FEW_MOST, <Py_ssize_t>few.tile_q) if job.few_share > 0 else 0
+    if call.key.direct and call.value.direct:  # tiles of several vectors are always faster
+        job.few_most = min(job.few_most, lanes_at_once(call))
     job.batches = 1
     for axis in range(call.batch_ndim):
         job.batches *= call.batch_shape[axis]
