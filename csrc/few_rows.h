@@ -146,7 +146,7 @@ static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
 #undef TYPE
 }
 
-#ifndef HAVE_LANE_MOVES
+#ifndef HAVE_REPEAT
 /* Lane i is x[i / times], times a power of 2; a whole vector from x on is readable. */
 INLINE vec v_repeat(const float *x, int times)
 {
@@ -154,63 +154,42 @@ INLINE vec v_repeat(const float *x, int times)
     for (int i = 0; i < LANES; i++) lane[i] = (real)x[i / times];
     return v_load(lane);
 }
-
-/* Lane i is x's lane i ^ distance, a power of 2. */
-INLINE vec v_swap(vec x, int distance)
-{
-    real from[LANES], to[LANES];
-    v_store(from, x);
-    for (int i = 0; i < LANES; i++) to[i] = from[i ^ distance];
-    return v_load(to);
-}
-
-/* Lane i is x's lane i % period, a power of 2. */
-INLINE vec v_cycle(vec x, int period)
-{
-    real from[LANES], to[LANES];
-    v_store(from, x);
-    for (int i = 0; i < LANES; i++) to[i] = from[i % period];
-    return v_load(to);
-}
 #endif
 
-/* The softmax where S[k] is ld reals, ld a power of 2: a lane stands for a row and every LANES / ld-th
- * key. First what rows have as their maxima, in all of a row's lanes. */
-static void few_maxima(void *S_, ptrdiff_t nk, int ld, const float *key_factors, void *row_max,
-                       void *decay)
+/* The softmax of tiles (tile_tmpl.h) where S[k] is ld reals, ld a power of 2: a lane stands for a row
+ * and every LANES / ld-th key, and what those lanes found is put together in the end. Scores are
+ * multiplied by key_factors before, weights by value_factors afterwards, unless those are NULL. */
+static void few_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_factors,
+                        const float *value_factors, void *row_max, void *row_sum, void *decay_)
 {
-    real *S = S_;
+    real *S = S_, lane[2 * LANES];
     const ptrdiff_t count = nk * ld;
-    const vec before = v_cycle(v_load(row_max), ld);
-    vec top = before;
+    vec best = v_set1(-REAL_INF), total = v_set1(0);
     if (key_factors)
         for (ptrdiff_t i = 0; i < count; i += LANES)
             v_store(S + i, v_mul(v_load(S + i), v_repeat(key_factors + i / ld, ld)));
     for (ptrdiff_t i = count; i % LANES; i++) S[i] = -REAL_INF;
-    for (ptrdiff_t i = 0; i < count; i += LANES) top = v_max(v_load(S + i), top);
-    for (int n = LANES / 2; n >= ld; n /= 2) top = v_max(top, v_swap(top, n));
-    v_store(row_max, top);
-    v_store(decay, exp2_nonpositive(v_sub(before, top), 0));
-}
-
-/* Then scores become weights, and their sums go to row_sum: a group of keys at a time beside the
- * reading of values, which so never waits for all of a block. (From memory, 4 rows of bfloat16 were
- * 3 % faster for it and int8 5 %.) No decay: 1. */
-INLINE void few_weights(real *S, ptrdiff_t nk, int ld, const real *decay, const qkv_sums *sums,
-                        ptrdiff_t first)
-{
-    const float *factors = sums->factors ? sums->factors + first : NULL;
-    const vec top = v_load(sums->row_max);
-    vec total = v_set1(0);
-    S += first * ld;
-    for (ptrdiff_t i = 0; i < nk * ld; i += LANES) {
-        const vec p = exp2_nonpositive(v_sub(v_load(S + i), top), 0);
+    for (ptrdiff_t i = 0; i < count; i += LANES) best = v_max(best, v_load(S + i));
+    v_store(lane, best);
+    for (int n = LANES / 2; n >= ld; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] = lane[i + n] > lane[i] ? lane[i + n] : lane[i];
+    for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
+    const vec before = v_load(row_max), top = v_max(v_load(lane), before);
+    const vec decay = exp2_nonpositive(v_sub(before, top), 0);
+    v_store(lane, top);
+    for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
+    const vec each = v_load(lane);
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        const vec p = exp2_nonpositive(v_sub(v_load(S + i), each), 0);
         total = v_add(total, p);
-        v_store(S + i, factors ? v_mul(p, v_repeat(factors + i / ld, ld)) : p);
+        v_store(S + i, value_factors ? v_mul(p, v_repeat(value_factors + i / ld, ld)) : p);
     }
-    for (int n = LANES / 2; n >= ld; n /= 2) total = v_add(total, v_swap(total, n));
-    const vec before = v_load(sums->row_sum);
-    v_store(sums->row_sum, v_fma(before, decay ? v_load(decay) : v_set1(1), total));
+    v_store(lane, total);
+    for (int n = LANES / 2; n >= ld; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+    v_store(row_sum, v_fma(v_load(row_sum), decay, v_load(lane)));
+    v_store(row_max, top);
+    v_store(decay_, decay);
 }
 
 /* acc[r][0..nv) = acc * decay + sum_k P[k][r] V[k]; `some` > 0: elements of the only vector.
@@ -284,9 +263,9 @@ INLINE void few_accumulate_rows(const int rows, const int type, const int partia
 }
 
 INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrdiff_t acc_stride,
-                              real *P, ptrdiff_t ld, const char *const *V, ptrdiff_t v_stride,
-                              ptrdiff_t nk, ptrdiff_t Dv, int rows, const real *decay,
-                              const qkv_sums *sums)
+                              const real *P, ptrdiff_t ld, const char *const *V,
+                              ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
+                              const real *decay)
 {
     const ptrdiff_t further = keys_ahead(Dv, type);
     const ptrdiff_t back = misplaced(V[0], v_stride, Dv, type);
@@ -295,9 +274,6 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
         const char *const *group = V + k / QKV_GROUP;
         const ptrdiff_t at = k % QKV_GROUP;
         int r = 0;
-        if (sums && at == 0)
-            few_weights(P, nk - k < QKV_GROUP ? nk - k : QKV_GROUP, (int)ld, k ? NULL : decay, sums,
-                        k);
 #define ROWS(count)                                                                              \
     do {                                                                                         \
         few_accumulate_rows(count, type, partial, acc + r * acc_stride, acc_stride,              \
@@ -313,18 +289,18 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
     }
 }
 
-static void few_accumulate(void *acc, ptrdiff_t acc_stride, void *P, ptrdiff_t ld,
+static void few_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
                            const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
-                           int rows, const void *decay, const qkv_sums *sums, int partial, int type)
+                           int rows, const void *decay, int partial, int type)
 {
-#define OF(t, some, s)                                                                           \
-    few_accumulate_of(t, some, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay, s)
+#define OF(t, some)                                                                              \
+    few_accumulate_of(t, some, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay)
 #define TYPE(t)                                                                                  \
     do {                                                                                         \
         if (partial)                                                                             \
-            OF(t, 1, NULL);                                                                      \
+            OF(t, 1);                                                                            \
         else                                                                                     \
-            OF(t, 0, sums);                                                                      \
+            OF(t, 0);                                                                            \
     } while (0)
     BY_TYPE(type, TYPE)
 #undef TYPE

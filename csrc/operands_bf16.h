@@ -2,7 +2,7 @@
  * them: included by tile_tmpl.h. A pair fills the place of a float in vectors and scratch. */
 #define FEW_SCORES NULL /* the tables of float serve bfloat16 too */
 #define FEW_ACCUMULATE NULL
-#define FEW_MAXIMA NULL
+#define FEW_SOFTMAX NULL
 #define OPERAND QKV_BFLOAT16
 #ifndef DEPTH_STEP
 #define DEPTH_STEP 2

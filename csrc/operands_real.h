@@ -4,7 +4,7 @@
 #define DEPTH_STEP 1
 #define FEW_SCORES few_scores
 #define FEW_ACCUMULATE few_accumulate
-#define FEW_MAXIMA few_maxima
+#define FEW_SOFTMAX few_softmax
 #define PACK_VALUES NULL
 #define OPERAND (REAL_BITS == 32 ? QKV_FLOAT32 : QKV_FLOAT64)
 

@@ -31,14 +31,6 @@ typedef struct {
     int begin, end;
 } qkv_span;
 
-/* What makes weights of scores where rows are few: the maxima to take off, the sums to add to, and
- * factors of the keys to multiply by afterwards, or NULL. */
-typedef struct {
-    const void *row_max;
-    void *row_sum;
-    const float *factors;
-} qkv_sums;
-
 /* Rows that are wanted soon: so many, of so many bytes, the first of them from its byte `at` on. */
 typedef struct {
     const char *row;
@@ -121,29 +113,23 @@ typedef struct {
                        const void *weight);
 
     /* The kernels for few rows (few_rows.h); NULL where operands are no reals. S and P have rows of
-     * ld reals: whole vectors, so that the kernels above go between these; or where all rows see
-     * all keys, and the softmax is done here too, the power of 2 that holds the rows, up to `lanes`.
+     * ld reals: whole vectors, so that the kernels above go between these; or for the softmax
+     * here, where all rows see all keys, the power of 2 that holds the rows, up to `lanes`.
      * Q and acc are [rows][stride] reals, padded with zeros to whole vectors. K and V are of any
      * `type` that real can hold, with unit stride along their rows; K[i] is where key
      * i * QKV_GROUP lies and those of its group follow. After the last group come QKV_GROUPS_AHEAD
      * addresses of what is wanted next, to be fetched or not.
      *     S[k][r]   = sum_d K[k][d] * Q[r][d]
-     *     maxima:     S[k][:] *= key_factors[k], unless NULL; m' = max(m, max_k S[k]);
-     *                 decay = 2^(m - m')
      *     acc[r][:] = acc[r][:] * decay[r] + sum_k P[k][r] * V[k][:]; no decay: 1
-     *                 With `sums`, P are scores yet, of which a multiple of QKV_GROUP keys or all to
-     *                 the end are here: P[k] = 2^(S[k] - m'), row_sum = row_sum * decay + sum_k P[k],
-     *                 P[k] *= factors[k].
      * partial: some key is excluded from some row. */
     void (*few_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
                        const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
                        int rows, int type);
-    void (*few_maxima)(void *S, ptrdiff_t nk, int ld, const float *key_factors, void *row_max,
-                       void *decay);
-    void (*few_accumulate)(void *acc, ptrdiff_t acc_stride, void *P, ptrdiff_t ld,
+    void (*few_softmax)(void *S, ptrdiff_t nk, int ld, const float *key_factors,
+                        const float *value_factors, void *row_max, void *row_sum, void *decay);
+    void (*few_accumulate)(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
                            const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
-                           int rows, const void *decay, const qkv_sums *sums, int partial,
-                           int type);
+                           int rows, const void *decay, int partial, int type);
 
     /* Between n elements of a 16-bit type (or int8, widen alone) and floats, both of unit stride;
      * NULL for double. */

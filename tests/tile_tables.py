@@ -14,10 +14,6 @@ def _f(result: Any, *arguments: Any) -> Any:
     return ctypes.CFUNCTYPE(result, *arguments)
 
 
-class Sums(ctypes.Structure):
-    _fields_ = (("row_max", PTR), ("row_sum", PTR), ("factors", PTR))
-
-
 class Table(ctypes.Structure):
     _fields_ = (
         ("isa", ctypes.c_char_p),
@@ -45,10 +41,10 @@ class Table(ctypes.Structure):
         ("all_finite", _f(INT, PTR, SIZE, SIZE, SIZE)),
         ("store_rows", _f(None, PTR, INT, PTR, SIZE, INT, PTR)),
         ("few_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT)),
-        ("few_maxima", _f(None, PTR, SIZE, INT, PTR, PTR, PTR)),
+        ("few_softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR, PTR, PTR)),
         (
             "few_accumulate",
-            _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, PTR, PTR, INT, INT),
+            _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, PTR, INT, INT),
         ),
         ("widen", _f(None, PTR, PTR, SIZE, INT)),
         ("narrow", _f(None, PTR, PTR, SIZE, INT)),

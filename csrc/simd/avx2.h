@@ -87,22 +87,12 @@ VOCABULARY vec v_sum_each(vec x[LANES])
     return v_add(_mm256_permute2f128_ps(z[0], z[1], 0x20),
                  _mm256_permute2f128_ps(z[0], z[1], 0x31));
 }
-#define HAVE_LANE_MOVES
-#define LANE_NUMBERS _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0)
+#define HAVE_REPEAT
 VOCABULARY vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
 {
+    const __m256i i = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_srl_epi32(LANE_NUMBERS, shift));
-}
-VOCABULARY vec v_swap(vec x, int distance) /* lane i is x's lane i ^ distance */
-{
-    const __m256i from = _mm256_xor_si256(LANE_NUMBERS, _mm256_set1_epi32(distance));
-    return _mm256_permutevar8x32_ps(x, from);
-}
-VOCABULARY vec v_cycle(vec x, int period) /* lane i is x's lane i % period */
-{
-    const __m256i from = _mm256_and_si256(LANE_NUMBERS, _mm256_set1_epi32(period - 1));
-    return _mm256_permutevar8x32_ps(x, from);
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_srl_epi32(i, shift));
 }
 VOCABULARY vec v_load_half(const char *p)
 {

@@ -123,22 +123,12 @@ VOCABULARY vec v_sum_each(vec x[LANES])
                      _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xdd));
     return v_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
 }
-#define HAVE_LANE_MOVES
-#define LANE_NUMBERS                                                                             \
-    _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+#define HAVE_REPEAT
 VOCABULARY vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
 {
+    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(LANE_NUMBERS, shift), _mm512_loadu_ps(x));
-}
-VOCABULARY vec v_swap(vec x, int distance) /* lane i is x's lane i ^ distance */
-{
-    return _mm512_permutexvar_ps(_mm512_xor_si512(LANE_NUMBERS, _mm512_set1_epi32(distance)), x);
-}
-VOCABULARY vec v_cycle(vec x, int period) /* lane i is x's lane i % period */
-{
-    const __m512i below = _mm512_set1_epi32(period - 1);
-    return _mm512_permutexvar_ps(_mm512_and_si512(LANE_NUMBERS, below), x);
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(i, shift), _mm512_loadu_ps(x));
 }
 VOCABULARY vec v_load_half(const char *p)
 {

@@ -28,11 +28,6 @@ cdef extern from "tile_kernels.h" nogil:
     ctypedef struct qkv_span:
         int begin, end
 
-    ctypedef struct qkv_sums:
-        const void *row_max
-        void *row_sum
-        const float *factors
-
     ctypedef struct qkv_rows:
         const char *row
         Py_ssize_t stride, bytes, count, at
@@ -70,10 +65,11 @@ cdef extern from "tile_kernels.h" nogil:
                            const void *) noexcept nogil
         void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
                            Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
-        void (*few_maxima)(void *, Py_ssize_t, int, const float *, void *, void *) noexcept nogil
-        void (*few_accumulate)(void *, Py_ssize_t, void *, Py_ssize_t, const char **,
-                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *,
-                               const qkv_sums *, int, int) noexcept nogil
+        void (*few_softmax)(void *, Py_ssize_t, int, const float *, const float *, void *, void *,
+                            void *) noexcept nogil
+        void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
+                               Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int,
+                               int) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
@@ -212,7 +208,7 @@ cdef struct Call:
     int64_t left, right
     # A thread's scratch: S, gathered rows, key rows, value rows, packed values, factors, then for
     # each tile of a task Tile, Qt (or Q), acc and, where these are of several heads, their own S.
-    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at
+    Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, value_factors_at
     Py_ssize_t tiles_at, acc_at, S_at, tile_bytes
     Py_ssize_t scratch_bytes
     Py_ssize_t q_stride, acc_stride     # reals in a row of Q and of acc, where rows are few
@@ -480,17 +476,17 @@ cdef void load_value_rows(const Call *call, const Head *head, Block *block) noex
 
 
 cdef const float *load_factors(const Call *call, const Head *head, const Operand *scales,
-                               char *rows, const Block *block, Py_ssize_t first,
-                               Py_ssize_t nk) noexcept nogil:
-    """The factors of a block's keys from `first` to nk, one after another; NULL: there are none."""
-    cdef float *factors = <float *>(head.scratch + call.factors_at)
+                               char *rows, const Block *block, Py_ssize_t nk,
+                               Py_ssize_t at) noexcept nogil:
+    """The factors of a block's rows, one after another in the scratch; NULL: there are none."""
+    cdef float *factors = <float *>(head.scratch + at)
     cdef Py_ssize_t i, count
     cdef const char *source
     if scales.data == NULL:
         return NULL
     for i in range(block.skipped):
         factors[i] = 0
-    i = max(first, block.skipped)
+    i = block.skipped
     while i < nk:
         count = nk - i
         source = find_rows(call, head, scales, rows, block.begin + i, &count)
@@ -500,14 +496,14 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
             while count > 0:            # the next block's
                 count -= <Py_ssize_t>(ALIGNMENT // sizeof(float))
                 source += ALIGNMENT
-                prefetch(source + block.nk * sizeof(float))
+                prefetch(source + nk * sizeof(float))
             continue
         while count > 0:
             memcpy(&factors[i], source, sizeof(float))
             source += scales.row
             count -= 1
             i += 1
-    return factors + first
+    return factors
 
 
 cdef struct Groups:                     # keys or values as few_rows.h takes them
@@ -608,11 +604,11 @@ cdef inline void score_few(const Call *call, Tile *tile, const Groups *keys, int
 
 cdef inline void accumulate_few(const Call *call, Tile *tile, const Groups *values, int g,
                                 Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld, bint decays,
-                                const qkv_sums *sums, bint partial) noexcept nogil:
+                                bint partial) noexcept nogil:
     call.kernels.few_accumulate(
         tile.acc, call.acc_stride, tile.S + begin * ld * call.kernels.real_bytes, ld,
         <const char **>values.rows + g, values.stride, nk, call.v_dim, tile.count,
-        tile.decay if decays else NULL, sums, partial, values.type)
+        tile.decay if decays else NULL, partial, values.type)
 
 
 cdef void attend_whole(const Call *call, const Head *heads, int count, int turns,
@@ -623,13 +619,13 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
     and what they read is in the order of a turn. Else one head, whose keys may begin and end
     anywhere in the block.
     """
+    cdef const qkv_tile_kernels *kernels = call.kernels
     cdef int first = heads.number, h, g = 0
     cdef Tile *tile = tile_of(call, heads, first)
     cdef int64_t last = tile.last_max
     cdef Py_ssize_t k, run = nk - block.skipped, ld = 1
     cdef int num_groups = <int>(count * nk // QKV_GROUP)
     cdef Groups groups
-    cdef qkv_sums sums
     if count > 1:
         run = call.run
     while ld < tile.count:
@@ -652,16 +648,14 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
         for h in range(count):
             tile = tile_of(call, heads, first + h)
             if k == block.skipped:
-                call.kernels.few_maxima(
+                kernels.few_softmax(
                     tile.S, nk, <int>ld,
                     load_factors(call, &heads[h], &call.key_scales, heads[h].key_scales, block,
-                                 0, nk),
-                    tile.row_max, tile.decay)
-            sums.row_max = tile.row_max
-            sums.row_sum = tile.row_sum
-            sums.factors = load_factors(call, &heads[h], &call.value_scales,
-                                        heads[h].value_scales, block, k, k + run)
-            accumulate_few(call, tile, &groups, g, k, run, ld, k == block.skipped, &sums, False)
+                                 nk, call.factors_at),
+                    load_factors(call, &heads[h], &call.value_scales, heads[h].value_scales,
+                                 block, nk, call.value_factors_at),
+                    tile.row_max, tile.row_sum, tile.decay)
+            accumulate_few(call, tile, &groups, g, k, run, ld, k == block.skipped, False)
             g += <int>(run // QKV_GROUP)
 
 
@@ -902,7 +896,7 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
                        tile.span if partial else NULL, soon if fetches else NULL)
     if call.key_scales.data != NULL:
         kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
-            call, head, &call.key_scales, head.key_scales, block, 0, nk), 0)
+            call, head, &call.key_scales, head.key_scales, block, nk, call.factors_at), 0)
     if call.modified:
         modify_scores(call, head, tile, begin, nk)
     if bias:
@@ -916,12 +910,11 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
                     tile.decay)
     if call.value_scales.data != NULL:
         kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
-            call, head, &call.value_scales, head.value_scales, block, 0, nk), 1)
+            call, head, &call.value_scales, head.value_scales, block, nk, call.factors_at), 1)
     if call.few:
         load_groups(call, head, &call.value, head.value, call.v_dim, block, nk, tile.last_max,
                     &groups)
-        accumulate_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld, True, NULL,
-                       partial)
+        accumulate_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld, True, partial)
         return
     cdef const void *decay = NULL if tile.fresh else tile.decay
     cdef const qkv_span *span = tile.span if partial else NULL
@@ -1675,7 +1668,9 @@ cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
     call.factors_at = call.packed_at
     if kernels.pack_values != NULL:
         call.factors_at += round_up(v_depth * call.packed_stride)
-    call.tiles_at = call.factors_at + round_up((keys + kernels.lanes) * sizeof(float))
+    cdef Py_ssize_t factors = round_up((keys + kernels.lanes) * sizeof(float))
+    call.value_factors_at = call.factors_at + factors
+    call.tiles_at = call.value_factors_at + factors
     call.acc_at = TILE_BYTES + round_up(depth * row_bytes)
     if call.few:
         # Q at a page's begin and acc half a page on: had few_rows.h just written to where in a page
