@@ -428,7 +428,7 @@ def _set_paged_query(
     num_threads: Any,
     raw: bool,
 ) -> None:
-    """Set all but the pages, which `p` has."""
+    """Set all but keys and values, which `p` has."""
     dtype = query.dtype
     p.query_code = code_of(dtype, raw)
     p.out_code = out_code = p.query_code & ~SWAPPED
