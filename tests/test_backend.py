@@ -218,6 +218,28 @@ def test_concurrent_callers(engine, rng):
             np.testing.assert_array_equal(out, expected)
 
 
+def test_every_call_announces_itself_before_it_is_checked(native, monkeypatch):
+    module, x = _backend._native_module(), np.ones((1, 2, 3, 8), np.float32)
+    cache = qkv_fast.KVCache.from_arrays(x, x, 3)
+    calls = (
+        lambda q: sdpa(q, x, x),
+        lambda q: qkv_fast.varlen_attention(q[0], x[0], x[0], [0, 2]),
+        lambda q: qkv_fast.paged_attention(q, x, x, [[0]], 3),
+        cache.attend,
+    )
+    for call in calls:
+        heard: list[str] = []
+        monkeypatch.setattr(module, "announce", lambda heard=heard: heard.append("call"))
+        call(x)
+        assert heard == ["call"]
+        with pytest.raises((TypeError, ValueError)):
+            call(x.astype(complex))
+        assert heard == ["call"] * 2
+    monkeypatch.undo()
+    module.announce()  # with no work to follow: the next call finds the threads as ever
+    sdpa(x, x, x)
+
+
 def test_the_gil_is_released(native, rng):
     q, k, v = make(rng, (1, 8, 8, 2000, 2000, 64, 64))
     beats, done = [], threading.Event()

@@ -178,6 +178,17 @@ def test_prefill_and_decode(engine, rng, dtype, page_size):
     assert cache.lengths.tolist() == [40, 40]
 
 
+@pytest.mark.parametrize("dtype", [*STORED, "int8"])
+@pytest.mark.parametrize("new", [1, 20])
+def test_some_sequences_get_the_bits_that_all_get(engine, rng, dtype, new):
+    """In one piece too, which is read as dense arrays are, and as pages if asked for some."""
+    cache = KVCache(3, HKV, 40, D, DV, dtype=dtype)
+    cache.append(normal(rng, (3, HKV, 33, D)), normal(rng, (3, HKV, 33, DV)), counts=[33, 5, 24])
+    q = normal(rng, (3, HKV * GROUP, new, D))
+    everything = cache.attend(q)
+    np.testing.assert_array_equal(cache.attend(q[[2, 0]], sequences=[2, 0]), everything[[2, 0]])
+
+
 def test_attend_is_the_op_with_lengths_and_offsets(engine, rng):
     cache = KVCache(3, HKV, 30, D)
     k, v = (normal(rng, (3, HKV, 20, D)) for _ in range(2))

@@ -188,7 +188,8 @@ def resolve(wish: _Wish | None, code: int) -> Choice:
 def few_shares(wish: _Wish | None, choice: Choice, code: int) -> tuple[float, float]:
     """Return the share of a tile's lanes up to which rows are few, for the native engine.
 
-    First that where tiles take the keys as they are, then that where they convert them.
+    First that where tiles take the keys as they are, for no more rows than a vector has lanes; then
+    that where they convert them.
 
     A KV group's rows are its query heads times its queries. Kernels for few rows (csrc/few_rows.h)
     take time for each row, tiles for each vector of rows.

@@ -446,7 +446,7 @@ def _set_paged_query(
         _set_mask(p, attn_mask, (*heads_shape, q_len, p.kv_len), raw)
     _set_modifiers(p, heads_shape, head_dim, is_causal, scale, query_offset, window, softcap,
                    alibi_slopes, sinks)  # fmt: skip
-    # NumPy's arithmetic is a third of what is left of a KVCache's Python: not where it is in vain.
+    # Not in vain: it costs a third of what all the rest of KVCache.attend does in Python.
     positions_matter = p.left < UNBOUNDED or p.right < UNBOUNDED or alibi_slopes is not None
     if query_offset is None and positions_matter:
         assert p.key_lengths is not None
