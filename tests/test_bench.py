@@ -107,3 +107,18 @@ def test_what_is_asked_for_must_be_there(monkeypatch, capsys):
     monkeypatch.setattr(compare, "version", lambda name: None)
     assert __main__.main(["bench", "--peers", "torch"]) == 2
     assert "torch is not installed here" in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert __main__.main([]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m qkv_fast")
+    assert "print the configuration" in shown
+    assert "measure against other libraries" in shown
+
+
+def test_an_unknown_command_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["unknown"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'unknown'" in capsys.readouterr().err
