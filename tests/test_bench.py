@@ -64,6 +64,48 @@ def test_shapes_by_name_and_by_numbers():
             shapes.parse(wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("nonsense", None),
+        ("Bert-128", "bert-128"),
+        ("gpt2-1024", "gpt2-causal-1024"),
+        ("prefil", "prefill"),
+    ],
+)
+def test_a_bad_shape_is_told_the_form_the_groups_and_the_nearest_names(capsys, wrong, nearest):
+    assert __main__.main(["bench", "--shapes", wrong]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"shape is {wrong!r}: ")
+    assert "batch,heads,length,head_dim[,causal]" in told
+    assert "a group (prefill, decode)" in told
+    assert "python -m qkv_fast bench --list" in told
+    assert len(told) < 300
+    if nearest is None:
+        assert "nearest" not in told
+    else:
+        assert f"nearest: {nearest}" in told
+
+
+def test_the_list_has_every_name_with_its_sizes(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "Peer", None)  # nothing is measured
+    assert __main__.main(["bench", "--list"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert {row[0] for row in rows} == {*shapes.GROUPS, *shapes.SHAPES, *shapes.DECODE}
+    assert ["gpt2-causal-1024", "1", "12", "12", "1024", "1024", "64", "causal"] in rows
+    assert ["decode-8x512-q2", "8", "32", "8", "2", "512", "128"] in rows
+
+
+def test_the_help_of_shapes_is_short(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["bench", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "batch,heads,length,head_dim[,causal]" in shown
+    assert "--list" in shown
+    assert not any(name in shown for name in (*shapes.SHAPES, *shapes.DECODE))
+
+
 def test_bfloat16_bits_round_to_even():
     x = np.array([1.0, 1.00390625, 1.01171875, -2.5], np.float32)
     bits = _reference.bfloat16_bits(x)

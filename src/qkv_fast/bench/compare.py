@@ -24,7 +24,7 @@ import numpy as np
 from qkv_fast import _backend, _problem
 
 from .peers import DTYPES, PREPARE, TOLERANCE, Peer, version
-from .shapes import SHAPES, Shape, named
+from .shapes import FORM, GROUPS, Shape, listing, named
 
 Row = dict[str, Any]
 CODES = {"float32": _problem.FLOAT32, "bfloat16": _problem.BFLOAT16}
@@ -135,8 +135,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SHAPE",
         default=["prefill"],
-        help="prefill, decode, batch,heads,length,head_dim[,causal], or names: "
-        + ", ".join(SHAPES),
+        help=f"{FORM}, a group ({', '.join(GROUPS)}) or a name of --list; default: prefill",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of shapes with their sizes, and exit"
     )
     parser.add_argument(
         "--peers", nargs="+", choices=list(PREPARE), help="default: those that are installed"
@@ -149,7 +151,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the comparison; return an exit status."""
+    """Run the comparison, or print the shapes for --list; return an exit status."""
+    if options.list:
+        print(listing())
+        return 0
     try:
         shapes = named(options.shapes)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ DECODE = {
     for q_len in (1, 2, 4, 8, 16)
 } | {f"decode-mha-1x{n}-q1": Shape(1, 32, 1, 128, False, n, 32) for n in (512, 2048, 8192, 32768)}
 GROUPS = {"prefill": SHAPES, "decode": DECODE}
+FORM = "batch,heads,length,head_dim[,causal]"
 
 
 def named(texts: list[str]) -> dict[str, Shape]:
@@ -94,6 +96,23 @@ def named(texts: list[str]) -> dict[str, Shape]:
     for text in texts:
         shapes |= GROUPS.get(text) or {text: parse(text)}
     return shapes
+
+
+def listing() -> str:
+    """Return a table of all names with their sizes, group by group."""
+    width = max(len(name) for group in GROUPS.values() for name in group)
+    columns = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim")
+    blocks = []
+    for group, shapes in GROUPS.items():
+        lines = [f"{group:<{width}}" + "".join(f"  {column}" for column in columns)]
+        for name, shape in shapes.items():
+            kv_heads = shape.num_kv_heads or shape.num_heads
+            sizes = (shape.batch, shape.num_heads, kv_heads, shape.q_len, shape.keys)
+            cells = zip(columns, (*sizes, shape.head_dim), strict=True)
+            line = f"{name:<{width}}" + "".join(f"  {n:>{len(column)}}" for column, n in cells)
+            lines.append(line + ("  causal" if shape.is_causal else ""))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def parse(text: str) -> Shape:
@@ -110,9 +129,11 @@ def parse(text: str) -> Shape:
     try:
         batch, num_heads, length, head_dim = map(int, parts[: len(parts) - causal])
     except ValueError:
+        near = get_close_matches(text.lower(), [*GROUPS, *SHAPES, *DECODE], cutoff=0.5)
         raise ValueError(
-            f"shape is {text!r}: it must be batch,heads,length,head_dim[,causal] or one of "
-            + ", ".join([*GROUPS, *SHAPES, *DECODE])
+            f"shape is {text!r}: it must be {FORM}, a group ({', '.join(GROUPS)}) or a name"
+            + (f" (nearest: {', '.join(near)})" if near else "")
+            + "; python -m qkv_fast bench --list prints all names"
         ) from None
     if min(batch, num_heads, length, head_dim) < 1:
         raise ValueError(f"shape is {text!r}: every size must be at least 1")
