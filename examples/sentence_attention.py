@@ -156,7 +156,7 @@ def attention_weights(layer: Layer) -> Array:
 
 
 def heat_map(weights: Array, tokens: list[str]) -> str:
-    """One head, a row a query: shades relative to the row's largest weight, and what it is."""
+    """Return one head, a row a query, shaded relative to the row's largest weight; and a legend."""
     n = min(len(tokens), SHOWN_TOKENS)
     width = min(14, max(map(len, tokens[:n])))
     lines = [" " * (width + 1) + "".join(f"{j % 100:>2}" for j in range(n)) + "  looks most at"]
@@ -169,6 +169,8 @@ def heat_map(weights: Array, tokens: list[str]) -> str:
         lines.append(f"{label:>{width}} {cells}  {best:>2} {tokens[best]} {row[best]:.0%}")
     if len(tokens) > n:
         lines.append(f"... and {len(tokens) - n} tokens more")
+    steps = "".join(f" {s * 2} {i / len(SHADES):.0%}" for i, s in enumerate(SHADES) if i)
+    lines.append(f"\neach row relative to its largest weight:{steps} or more")
     return "\n".join(lines)
 
 
