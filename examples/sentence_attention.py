@@ -16,13 +16,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 import qkv_fast
 from qkv_fast._backend import available
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = npt.NDArray[np.float32]
 
@@ -38,6 +41,10 @@ COMPARED = [
 ]
 SHADES = " ░▒▓█"
 SHOWN_TOKENS = 32  # that a terminal's width holds
+LABEL_WIDTH = 14  # characters of a token in a label of the picture
+MIN_SIDE, MAX_SIDE = 3.0, 5.0  # inches of a head in the picture
+INCHES_A_LABEL = 0.125  # at least: labels of 7.5 points don't overlap
+DPI = 110
 
 
 class Layer(NamedTuple):
@@ -174,31 +181,67 @@ def heat_map(weights: Array, tokens: list[str]) -> str:
     return "\n".join(lines)
 
 
-def save_picture(weights: Array, tokens: list[str], title: str, path: Path) -> None:
-    """All heads of a layer, as a PNG."""
-    import matplotlib as mpl
+def clipped(text: str, width: int) -> str:
+    """Return the text, or as much of it as ``width`` characters hold with an ellipsis."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
-    columns = 4
+def thinned(tokens: list[str], most: int) -> dict[int, str]:
+    """Return the labels of an axis by position: all tokens, if at most ``most``.
+
+    If there are more, every n-th and the last have labels, each with its position.
+    """
+    short = [clipped(token, LABEL_WIDTH) for token in tokens]
+    step = -(-len(tokens) // most)
+    if step == 1:
+        return dict(enumerate(short))
+    last = len(tokens) - 1
+    shown = [*range(0, last - step + 1, step), last]
+    return {i: f"{i} {short[i]}" for i in shown}
+
+
+def draw_heads(weights: Array, tokens: list[str], title: str) -> Figure:
+    """Return a figure of all heads of a layer, on one colour scale from 0 to the 99th percentile.
+
+    A few weights near 1 are in almost every layer; a scale up to them would leave most heads dark.
+    """
+    from matplotlib.figure import Figure
+
+    side = min(max(MIN_SIDE, INCHES_A_LABEL * len(tokens)), MAX_SIDE)
+    labels = thinned(tokens, int(MAX_SIDE / INCHES_A_LABEL))
+    margin = 0.5 + 0.07 * max(map(len, labels.values()))
+    columns = min(4, len(weights))
     rows = -(-len(weights) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.2 * columns, 3.2 * rows), layout="constrained", squeeze=False
+    figure = Figure(
+        figsize=(columns * (side + margin) + 1.2, rows * (side + margin) + 0.8),
+        layout="constrained",
     )
-    few = len(tokens) <= 24
+    axes = figure.subplots(rows, columns, squeeze=False)
+    brightest = float(np.percentile(weights, 99))
+    small = {"fontsize": min(9, 60 * side / len(labels)), "parse_math": False}  # "$" is a token
+    large = {"fontsize": 4 * side, "parse_math": False}
     for head, axis in enumerate(axes.flat):
         if head >= len(weights):
             axis.set_axis_off()
             continue
-        axis.imshow(weights[head], cmap="viridis", vmin=0)
-        axis.set_title(f"head {head}", fontsize=9)
-        labels = [t.replace("$", r"\$") for t in tokens] if few else []
-        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-        axis.set_yticks(range(len(labels)), labels, fontsize=6)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        image = axis.imshow(
+            weights[head], cmap="viridis", vmin=0, vmax=brightest, interpolation="nearest"
+        )
+        axis.set_title(f"head {head}", fontsize=3.5 * side)
+        axis.set_xticks(list(labels), list(labels.values()), rotation=90, **small)
+        axis.set_yticks(list(labels), list(labels.values()), **small)
+    figure.suptitle(title, **large)
+    figure.supxlabel("key token", **large)
+    figure.supylabel("query token", **large)
+    bar = figure.colorbar(image, ax=axes, extend="max", aspect=40, shrink=0.8)
+    bar.set_label(f"attention weight (1 % are above {brightest:.2g})", **large)
+    bar.ax.tick_params(labelsize=3.5 * side)
+    return figure
+
+
+def save_picture(weights: Array, tokens: list[str], title: str, path: Path) -> None:
+    """Save all heads of a layer as a PNG."""
+    draw_heads(weights, tokens, title).savefig(path, dpi=DPI)
 
 
 def plain_numpy(query: Array, key: Array, value: Array) -> Array:
@@ -303,7 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{title}: how much each token (rows) looks at each (columns)\n")
     print(heat_map(weights[options.head], tokens))
 
-    save_picture(weights, tokens, f"layer {options.layer}: {text[:60]}", options.png)
+    start = clipped(" ".join(text.split()), 60)
+    save_picture(weights, tokens, f"layer {options.layer}: {start}", options.png)
     print(f"\nAll heads of layer {options.layer}: {options.png}")
 
     print("\nSimilarity to the text:")

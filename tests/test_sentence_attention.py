@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,96 @@ def test_the_heat_map_says_what_its_shades_mean(example):
     )
     assert len(legend) < 80
     assert [row[2:8] for row in rows] == [" 0 1 2", "░░██▒▒", "██  ░░", "  ████"]
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved, at their dpi."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+
+    def save(figure, path, **options):
+        savefig(figure, path, **options)
+        figure.set_dpi(options["dpi"])
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures
+
+
+def picture_inputs(length, heads=5):
+    """Weights of heads from sharp to flat, and tokens: long ones, dollars, the special ones."""
+    scores = np.random.default_rng(0).standard_normal((heads, length, length))
+    weights = np.exp(scores * np.linspace(4, 0.5, heads)[:, None, None])
+    weights /= weights.sum(axis=-1, keepdims=True)
+    words = ["the", "$", "##ization", "$x_$", "W" * 13, "characterizations", r"$\nope{$"]
+    middle = [words[i % len(words)] for i in range(length - 2)]
+    return weights.astype(np.float32), ["[CLS]", *middle, "[SEP]"]
+
+
+@pytest.mark.parametrize("length", [10, 40, 200])
+def test_the_picture_has_one_colour_scale_and_says_what_it_shows(example, tmp_path, saved, length):
+    weights, tokens = picture_inputs(length)
+    example.save_picture(weights, tokens, "layer 3: a text", tmp_path / "heads.png")
+    (figure,) = saved
+    heads = [axis for axis in figure.axes if axis.get_title().startswith("head ")]
+    assert len(heads) == 5
+    largest = np.percentile(weights, 99)
+    for axis in heads:
+        assert axis.images[0].get_clim() == (0, pytest.approx(largest))
+    bars = [axis for axis in figure.axes if axis.get_ylabel().startswith("attention weight")]
+    assert len(bars) == 1
+    assert bars[0].get_ylabel() == f"attention weight (1 % are above {largest:.2g})"
+    assert figure.get_supxlabel() == "key token"
+    assert figure.get_supylabel() == "query token"
+
+
+@pytest.mark.parametrize("length", [10, 40, 200])
+def test_the_labels_of_the_picture_are_legible(example, tmp_path, saved, length):
+    weights, tokens = picture_inputs(length)
+    example.save_picture(weights, tokens, "layer 3: a text", tmp_path / "heads.png")
+    (figure,) = saved
+    figure.draw_without_rendering()
+    boxes = []
+    for axis in [axis for axis in figure.axes if axis.images]:
+        for side, low, high in ((axis.xaxis, "x0", "x1"), (axis.yaxis, "y0", "y1")):
+            labels = side.get_ticklabels()
+            texts = dict(zip(map(int, side.get_ticklocs()), labels, strict=True))
+            assert {0, length - 1} <= set(texts)
+            if length <= 40:
+                assert len(labels) == length
+            else:
+                assert 20 <= len(labels) <= 40
+            for i, label in texts.items():
+                place, token = label.get_text().split() if length > 40 else (i, label.get_text())
+                assert int(place) == i
+                assert token.removesuffix("…") == tokens[i][: len(token.removesuffix("…"))]
+                assert label.get_fontsize() >= 7
+            extents = [label.get_window_extent() for label in labels]
+            extents.sort(key=lambda box, low=low: getattr(box, low))
+            gaps = [getattr(b, low) - getattr(a, high) for a, b in itertools.pairwise(extents)]
+            assert min(gaps) > 0
+        boxes.append(axis.get_tightbbox())
+    drawn, inches = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(drawn.min) >= 0  # nothing is cut off
+    assert all(drawn.max <= inches)
+    for a, b in itertools.combinations(boxes, 2):  # no head's labels in another head
+        assert not a.overlaps(b)
+    assert max(inches) * example.DPI <= 3200  # a limit to how far it grows
+
+
+def test_dollars_in_the_picture_are_no_formula(example, tmp_path, saved):
+    weights, tokens = picture_inputs(10, heads=1)
+    title = r"layer 0: it costs $5 or \nope{$6"
+    example.save_picture(weights, tokens, title, tmp_path / "heads.png")
+    (figure,) = saved
+    assert figure.get_suptitle() == title
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()][2:4] == [
+        "$",
+        "##ization",
+    ]
 
 
 def test_text_from_a_file_or_standard_input(example, tmp_path, monkeypatch):
