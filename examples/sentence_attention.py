@@ -212,10 +212,9 @@ def draw_heads(weights: Array, tokens: list[str], title: str) -> Figure:
     margin = 0.5 + 0.07 * max(map(len, labels.values()))
     columns = min(4, len(weights))
     rows = -(-len(weights) // columns)
-    figure = Figure(
-        figsize=(columns * (side + margin) + 1.2, rows * (side + margin) + 0.8),
-        layout="constrained",
-    )
+    width = max(columns * (side + margin) + 1.2, 2.2 * side)  # one head's title is wider than it
+    figure = Figure(figsize=(width, rows * (side + margin) + 0.8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     axes = figure.subplots(rows, columns, squeeze=False)
     brightest = float(np.percentile(weights, 99))
     small = {"fontsize": min(9, 60 * side / len(labels)), "parse_math": False}  # "$" is a token

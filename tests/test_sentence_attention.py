@@ -168,6 +168,17 @@ def test_the_labels_of_the_picture_are_legible(example, tmp_path, saved, length)
     assert max(inches) * example.DPI <= 3200  # a limit to how far it grows
 
 
+@pytest.mark.parametrize("length", [10, 50])
+def test_the_title_of_a_single_head_is_not_cut_off(example, tmp_path, saved, length):
+    weights, tokens = picture_inputs(length, heads=1)
+    title = "layer 0: " + example.clipped("a text of some length, as users have " * 2, 60)
+    example.save_picture(weights, tokens, title, tmp_path / "heads.png")
+    (figure,) = saved
+    drawn = figure.get_tightbbox()
+    assert min(drawn.min) >= 0
+    assert all(drawn.max <= figure.get_size_inches())
+
+
 def test_dollars_in_the_picture_are_no_formula(example, tmp_path, saved):
     weights, tokens = picture_inputs(10, heads=1)
     title = r"layer 0: it costs $5 or \nope{$6"
