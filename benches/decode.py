@@ -145,7 +145,7 @@ def packed(rounds: int) -> None:
             q, k, v, starts, None, True, None, True, None, None, None, None, None, None, None,
             False, threads, None,
         )  # fmt: skip
-        native.run(problem, choice.tiles, choice.isa, *_backend.few_shares(None, choice, 0), busy)
+        native.run(problem, choice.tiles, choice.isa, *_backend.few_shares(choice, 0), busy)
         shares.append(busy.min() / busy.max())
     print(f"least busy thread: {statistics.median(shares):.3f} of the busiest one's time")
 

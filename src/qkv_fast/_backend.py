@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._problem import BFLOAT16, FLOAT32, FLOAT64, code_of
+from ._problem import BFLOAT16, FLOAT32, code_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,8 +29,7 @@ _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other 
 
 # Where the two kinds of kernels take about the same time: 8 heads, 1024 to 65536 keys of size 128
 # (docs/architecture.md). With 16 lanes of float32 that is at 10 rows, with 8 at 6, and more rows
-# than a vector has lanes are always faster in tiles; not in BLAS tiles, which have 64 rows and are
-# slower at 32 yet. bfloat16 in pairs is faster from 6 to 10 rows on. Tiles that convert keys first
+# than a vector has lanes are always faster in tiles. bfloat16 in pairs is faster from 6 to 10 rows on. Tiles that convert keys first
 # (float16, int8) are only so from 16 on, and again from 24.
 FEW_SHARE = 0.625
 FEW_SHARE_PAIRS = 0.3
@@ -69,7 +68,8 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
         it was built.
     tiles : {"auto", "simd", "blas"}
         What computes the native engine's products. "auto" leaves it to ``QKV_FAST_TILES``, else
-        takes SIMD kernels for float32 and the 16-bit types and BLAS for float64.
+        takes the SIMD kernels, whose results do not depend on a row's place among the queries.
+        Those of SciPy's BLAS may, in their last bits; they depend on neither threads nor batch.
     isa : {"auto", "scalar", "avx2", "avx512", "avx512bf16", "amx"}
         The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the fastest for the
         dtype. The last two differ from "avx512" for bfloat16 only.
@@ -177,15 +177,15 @@ def resolve(wish: _Wish | None, code: int) -> Choice:
             f"isa {isa!r} was asked for, but this build and CPU have {', '.join(executable)}"
         )
     if tiles == "auto":
-        # A CPU without a SIMD table has an OpenBLAS kernel that beats the scalar one.
-        weak = isa == "auto" and executable[-1] == "scalar"
-        tiles = "blas" if code == FLOAT64 or weak else "simd"
+        # A BLAS kernel may round a row otherwise in another place of its tile (OpenBLAS's Haswell
+        # and Zen do), so BLAS is never the default, even where it is faster than the scalar table.
+        tiles = "simd"
     if isa == "auto":
         isa = native.best_isa(code if tiles == "simd" else FLOAT32)
     return Choice("native", tiles, isa)
 
 
-def few_shares(wish: _Wish | None, choice: Choice, code: int) -> tuple[float, float]:
+def few_shares(choice: Choice, code: int) -> tuple[float, float]:
     """Return the share of a tile's lanes up to which rows are few, for the native engine.
 
     First that where tiles take the keys as they are, for no more rows than a vector has lanes; then
@@ -194,8 +194,7 @@ def few_shares(wish: _Wish | None, choice: Choice, code: int) -> tuple[float, fl
     A KV group's rows are its query heads times its queries. Kernels for few rows (csrc/few_rows.h)
     take time for each row, tiles for each vector of rows.
     """
-    asked = wish[1] if wish else "auto"
-    if (_from_environment()[1] if asked == "auto" else asked) == "blas":
+    if choice.tiles == "blas":  # only ever asked for: then it computes everything
         return 0.0, 0.0
     paired = code == BFLOAT16 and choice.isa in _BFLOAT16_ONLY
     return FEW_SHARE_PAIRS if paired else FEW_SHARE, FEW_SHARE_CONVERTED
@@ -220,7 +219,7 @@ def _runner(wish: _Wish | None, code: int) -> _Runner:
     native_run, tiles, isa = _native_module().run, choice.tiles, choice.isa
     if tiles == "blas":
         _native_module().load_blas()
-    shares = few_shares(wish, choice, code)
+    shares = few_shares(choice, code)
     return lambda problem: native_run(problem, tiles, isa, *shares)
 
 

@@ -63,7 +63,7 @@ def _facts() -> dict[str, str]:
     build = _backend.build_facts()
     facts = {"version": __version__, "engine": choice.engine}
     if choice.engine == "native":
-        facts["tiles"] = f"{choice.tiles} (float64: {_backend.current('float64').tiles})"
+        facts["tiles"] = choice.tiles
         facts["isa"] = choice.isa
     reason = _backend.why_not_native()
     if reason:
