@@ -220,7 +220,7 @@ void qkv_announce_job(void)
     atomic_store_explicit(&announced, nanoseconds(), memory_order_relaxed);
 }
 
-void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int threads)
+void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t count, int threads)
 {
     worker *mine[MAX_WORKERS];
     part parts[MAX_WORKERS + 1];
@@ -261,7 +261,9 @@ void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int thre
     }
     for (int spins = 0; atomic_load_explicit(&j.running, memory_order_acquire); spins++) {
         pause_briefly();
-        if (spins > 1000) sched_yield(); /* the worker may be waiting for this CPU */
+        if (spins <= 1000) continue;
+        sched_yield(); /* the worker may be waiting for this CPU */
+        if (wait) wait(context);
     }
     atomic_fetch_sub_explicit(&jobs, 1, memory_order_relaxed);
 }

@@ -11,12 +11,15 @@
 #include <stddef.h>
 
 typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
+typedef void (*qkv_wait)(const void *context);
 
 /* task(context, thread, i) for 0 <= i < count, each once, on the calling thread and at most
  * threads - 1 workers; 0 <= thread < threads tells them apart. Each starts with a range of its
  * own, in rising order, and then helps the others. Returns when
- * all are done. In a forked child everything runs on the calling thread. */
-void qkv_run_tasks(qkv_task task, const void *context, ptrdiff_t count, int threads);
+ * all are done; while the calling thread waits for that, it calls wait(context), which may be NULL, again
+ * and again. In a forked child everything runs on the calling thread. */
+void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t count,
+                   int threads);
 
 /* A call has begun that will have tasks soon: workers that are still awake wait for it. */
 void qkv_announce_job(void);

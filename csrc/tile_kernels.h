@@ -112,6 +112,12 @@ typedef struct {
     void (*store_rows)(char *const *rows, int n, const void *acc, ptrdiff_t Dv, int nvec,
                        const void *weight);
 
+    /* total + error = (total + error) * decay[:] + acc for rows[rows][ld], error being what rounding
+     * takes from total: sums of sums that lose no more the longer they are. finish: acc = total + error,
+     * or total where that is not finite. */
+    void (*fold)(void *total, void *error, void *acc, ptrdiff_t rows, int nvec, const void *decay,
+                 int finish);
+
     /* The kernels for few rows (few_rows.h); NULL where operands are no reals. S and P have rows of
      * ld reals: whole vectors, so that the kernels above go between these; or for the softmax
      * here, where all rows see all keys, the power of 2 that holds the rows, up to `lanes`.

@@ -195,6 +195,33 @@ def test_the_error_is_that_of_rounding(engine, rng):
     assert np.abs(sdpa(q, k, v) - exact).max() < 5e-7
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_the_error_does_not_grow_with_the_number_of_keys(engine, rows):
+    """Equal keys and values: a plain float32 sum rounds each block of them in the same direction."""
+    errors = {}
+    for length in (1 << 11, 1 << 17):
+        q, k = (np.broadcast_to(np.float32(1), (1, n, 8)) for n in (rows, length))
+        exact = 0.1 + 0.37 * np.arange(8, dtype=np.float32)
+        v = np.broadcast_to(exact, (1, length, 8))
+        errors[length] = np.abs(sdpa(q, k, v) / exact - 1).max()
+    assert errors[1 << 17] <= max(2e-6, 1.5 * errors[1 << 11]), errors
+
+
+@pytest.mark.parametrize("how", ["rising", "falling", "infinite", "one row is late"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_whose_maximum_moves(engine, rng, how, dtype):
+    """What was summed before is scaled down, or holds what is not finite, or nothing."""
+    q, k, v = make(rng, (1, 1, 1, 40, 6500, 16, 16), dtype)
+    slope = np.linspace(0, 8, 6500)[:, np.newaxis]
+    q, k = np.abs(q), k + (slope * (-1 if how == "falling" else 1)).astype(dtype)
+    options = {}
+    if how == "infinite":
+        k, v[:, :, 100, 3], v[:, :, 5000, 4] = -k, np.inf, -np.inf
+    if how == "one row is late":
+        options = {"is_causal": True, "query_offset": 4000, "window": (2100, None)}
+    check(q, k.astype(dtype), v, **options)
+
+
 @given(data=st.data())
 def test_anything_drawn_at_random(data: st.DataObject):
     """Shapes, layouts, masks and modifiers; on all engines that are here, in turn."""

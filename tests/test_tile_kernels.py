@@ -136,6 +136,42 @@ def test_softmax_is_online(table, rng):
                 np.testing.assert_allclose(total, every, rtol=60 * np.finfo(real(table)).eps)
 
 
+def test_fold_sums_in_two_parts(table, rng):
+    """As exact as if the sums were a single rounding, where rows decay too."""
+    eps = float(np.finfo(real(table)).eps)
+    for nvec in widths(table):
+        ld = nvec * table.lanes
+        for rows in (1, 2, 5, 17):
+            total, error = (scratch(table, np.zeros((rows, ld))) for _ in range(2))
+            exact = np.zeros((rows, ld), np.longdouble)
+            for step in range(40):
+                acc = scratch(table, rng.standard_normal((rows, ld)) + 3)
+                decay = np.ones(ld, real(table))
+                if step % 5 == 4:
+                    decay[: ld // 2 + 1] = rng.random(ld // 2 + 1)
+                exact = exact * decay.astype(np.longdouble) + acc[:-1]
+                given = acc.copy()
+                table.fold(address(total), address(error), address(acc), rows, nvec,
+                           address(decay), step == 39)  # fmt: skip
+                if step < 39:
+                    np.testing.assert_array_equal(acc, given)
+            fused = table.isa != b"scalar"  # which rounds a decayed sum once more
+            tolerance = (1 if fused else 10) * eps
+            np.testing.assert_allclose(acc[:-1].astype(np.longdouble), exact, rtol=tolerance)
+            assert (np.stack([acc[-1], total[-1], error[-1]]) == GUARD).all()
+
+
+def test_fold_keeps_what_is_not_finite(table):
+    ld = table.lanes
+    total, error = (scratch(table, np.zeros((1, ld))) for _ in range(2))
+    decay = np.ones(ld, real(table))
+    for value in (np.inf, 1.0):
+        acc = scratch(table, np.full((1, ld), value))
+        acc[0, 1] = 2
+        table.fold(address(total), address(error), address(acc), 1, 1, address(decay), value == 1)
+    np.testing.assert_array_equal(acc[0], np.where(np.arange(ld) == 1, 4, np.inf))
+
+
 def test_softcap(table, rng):
     ld = table.lanes
     for c in (0.1, 1.0, 50.0):

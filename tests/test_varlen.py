@@ -89,6 +89,27 @@ def test_offsets_and_lengths_of_ones_own(engine, rng):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [[0, 1, 2], [0, 0, 1, 1, 2, 3], [0, 1, 1]], ids=str)
+def test_sequences_of_one_key_at_most(engine, rng, dtype, keys):
+    """Their rows of keys and values lie anywhere: strided, interleaved, the same one, reversed."""
+    queries = np.arange(0, 30 * len(keys), 30)
+    q = normal(rng, (queries[-1], 1, 4), dtype)
+    wide = normal(rng, (keys[-1], 1, 14), dtype)
+    layouts = {
+        "strided": (wide[..., :4], wide[..., 7:11]),
+        "interleaved": tuple(normal(rng, (keys[-1], 2, 4), dtype)[:, i : i + 1] for i in (0, 1)),
+        "reversed": (wide[::-1, :, :4], wide[::-1, :, 4:8]),
+        "one row": (np.broadcast_to(wide[:1, :, :4], (keys[-1], 1, 4)),) * 2,
+    }
+    for name, (k, v) in layouts.items():
+        out = varlen_attention(q, k, v, queries, keys)
+        for i in range(len(keys) - 1):
+            here, there = out[queries[i] : queries[i + 1]], v[keys[i] : keys[i + 1]]
+            expected = np.broadcast_to(there if len(there) else np.zeros(4, dtype), here.shape)
+            np.testing.assert_array_equal(here, expected, name)
+
+
 def test_out_may_be_query(engine, rng):
     q, k, v = (normal(rng, (50, 2, 8)) for _ in range(3))
     expected = varlen_attention(q, k, v, [0, 20, 50], is_causal=True)
@@ -182,7 +203,7 @@ def test_uneven_lengths_are_balanced(native, rng):
     busy = np.zeros(2)
     with qkv_fast.backend("native"), qkv_fast.threads(2):
         choice = _backend.current()
-        shares = _backend.few_shares(_backend._wish.get(), choice, problem.code)
+        shares = _backend.few_shares(choice, problem.code)
         _backend._native_module().run(problem, choice.tiles, choice.isa, *shares, busy)
         expected = varlen_attention(q, k, v, cu, is_causal=True)
     assert busy.sum() > 0

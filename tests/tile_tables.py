@@ -40,6 +40,7 @@ class Table(ctypes.Structure):
         ("scale_keys", _f(None, PTR, SIZE, INT, PTR, INT)),
         ("all_finite", _f(INT, PTR, SIZE, SIZE, SIZE)),
         ("store_rows", _f(None, PTR, INT, PTR, SIZE, INT, PTR)),
+        ("fold", _f(None, PTR, PTR, PTR, SIZE, INT, PTR, INT)),
         ("few_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT)),
         ("few_softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR, PTR, PTR)),
         (

@@ -22,6 +22,8 @@ from libc.string cimport memchr, memcpy, memset
 
 import time
 
+from . import _threads
+
 cnp.import_array()
 
 cdef extern from "tile_kernels.h" nogil:
@@ -63,6 +65,7 @@ cdef extern from "tile_kernels.h" nogil:
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
+        void (*fold)(void *, void *, void *, Py_ssize_t, int, const void *, int) noexcept nogil
         void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
                            Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
         void (*few_softmax)(void *, Py_ssize_t, int, const float *, const float *, void *, void *,
@@ -89,10 +92,21 @@ cdef extern from "convert.h" nogil:
     void qkv_write_row(char *, const void *, int, Py_ssize_t, Py_ssize_t, int)
 
 cdef extern from "thread_pool.h" nogil:
-    void qkv_run_tasks(void (*)(const void *, int, Py_ssize_t) noexcept nogil, const void *,
-                       Py_ssize_t, int)
+    ctypedef void (*qkv_task)(const void *, int, Py_ssize_t) noexcept nogil
+    ctypedef void (*qkv_wait)(const void *) noexcept nogil
+    void qkv_run_tasks(qkv_task, qkv_wait, const void *, Py_ssize_t, int)
     void qkv_announce_job()
     int qkv_forked()
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals()    # an exception of a handler stays set, for `raise_pending`
+
+cdef extern from "time.h" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int, timespec *)
 
 cdef extern from *:
     """
@@ -152,6 +166,12 @@ cdef Py_ssize_t FEW_MOST = 32
 # that merging the parts is nothing beside reading them.
 cdef Py_ssize_t CHUNK = 2048
 
+# Keys after which a tile moves its sums to others, which lose no more the longer a row is: 64 rows of
+# equal keys are off by 1.4e-6 at any length, where plain sums are by 1.3e-5 at 2^17, 2.4e-4 at 2^22. Where the
+# result is rounded to bfloat16, 4e-3, such sums are exact enough for longer.
+cdef Py_ssize_t FOLD_KEYS = 2048
+cdef Py_ssize_t FOLD_KEYS_PAIRS = 1 << 16
+
 # Where the keys of a head lie together for fewer bytes than this (a page's, or each alone between
 # those of other heads), a task takes several heads, in the order of memory: it is read a fifth
 # slower in pieces of 64 KB than from end to end, and half as fast in rows of 512 bytes.
@@ -170,6 +190,12 @@ cdef Py_ssize_t TASKS_IF_PACKED = 2     # sharing weighs more then: 1,8,64 on 40
 # memory that is 1.7 to 1.9 times as fast with 16 rows of float32, and 7 % at 4096,128; AVX2 1.6.
 cdef Py_ssize_t KEYS_AHEAD = 16
 
+# A call looks for signals (Ctrl-C) every so many seconds, and at the clock after so many
+# multiply-adds: a millisecond's work or less.
+cdef double SIGNAL_SECONDS = 0.1
+cdef double CLOCK_WORK = 1 << 24
+cdef Py_ssize_t BATCHES_PER_LOOK = 1 << 14
+
 # Multiply-adds below which a second thread costs more than it brings (bench_overhead.py: waking
 # a sleeping worker takes 10 us and more, which is some 2^19 of them).
 cdef double SERIAL_WORK = 1 << 19
@@ -183,8 +209,16 @@ cdef struct Operand:
     bint direct                         # rows of the kernels' type with unit stride
 
 
+cdef struct Interrupt:
+    bint stop                           # a signal's handler has raised: leave the rest undone
+    double next_look                    # when the calling thread looks for signals again
+
+
 cdef struct Call:
     const qkv_tile_kernels *kernels
+    Interrupt *interrupt
+    Py_ssize_t blocks_per_look          # at the clock
+    Py_ssize_t fold_keys
     int fixed_nvec                      # 0: as many vectors as the tile's rows need
     Py_ssize_t batch_ndim
     const cnp.npy_intp *batch_shape
@@ -207,9 +241,10 @@ cdef struct Call:
     bint modified                       # modify_scores has something to do
     int64_t left, right
     # A thread's scratch: S, gathered rows, key rows, value rows, packed values, factors, then for
-    # each tile of a task Tile, Qt (or Q), acc and, where these are of several heads, their own S.
+    # each tile of a task Tile, Qt (or Q), acc, where it folds total and error of acc's size, and, where
+    # these are of several heads, their own S.
     Py_ssize_t gathered_at, keys_at, values_at, packed_at, factors_at, value_factors_at
-    Py_ssize_t tiles_at, acc_at, S_at, tile_bytes
+    Py_ssize_t tiles_at, acc_at, total_at, error_at, S_at, tile_bytes
     Py_ssize_t scratch_bytes
     Py_ssize_t q_stride, acc_stride     # reals in a row of Q and of acc, where rows are few
 
@@ -220,6 +255,7 @@ cdef struct Place:                      # where the tasks of a batch entry begin
 
 cdef struct Job:
     Call tiles, few                     # the same call for sequences of many and of few rows
+    Interrupt interrupt
     double few_share                    # see rows_are_few
     Py_ssize_t few_most, batches
     Place *places                       # batches + 1
@@ -246,6 +282,7 @@ cdef struct Part:                       # what a chunk leaves behind; acc and th
 cdef struct Head:                       # what the tiles of a KV head share
     Py_ssize_t kv_head, q_len
     int number                          # among the heads of its task
+    bint on_caller                      # the task runs on the calling thread
     char *query
     char *out
     char *lse
@@ -280,6 +317,10 @@ cdef struct Tile:
     int count, nvec, lanes
     int64_t first_min, first_max, last_min, last_max    # over the rows' reach
     bint fresh                          # acc holds nothing yet
+    bint folded                         # total and error do
+    int64_t fold                        # the keys that acc is of: from fold * fold_keys on
+    void *total
+    void *error
     uint64_t seen                       # rows that saw a key
     const char *query_rows[MAX_LANES]
     const char *mask_rows[MAX_LANES]
@@ -297,6 +338,9 @@ cdef struct Tile:
     double range_first[MAX_LANES]
     double range_last[MAX_LANES]
     double relative[MAX_LANES]
+    double fold_max[MAX_LANES]          # row_max when acc was folded
+    double total_sum[MAX_LANES]
+    double sum_error[MAX_LANES]
     qkv_span span[MAX_VECTORS]
     uint64_t allow[MAX_BLOCK_K]
 
@@ -306,6 +350,30 @@ cdef inline Py_ssize_t round_up(Py_ssize_t size, Py_ssize_t step=ALIGNMENT) noex
 
 
 cdef Py_ssize_t TILE_BYTES = round_up(sizeof(Tile))
+
+
+cdef double seconds_now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + 1e-9 * t.tv_nsec
+
+
+cdef bint handler_raised() noexcept with gil:
+    """Run the handlers of signals that came; outside the main thread there are none."""
+    return PyErr_CheckSignals() != 0
+
+
+cdef void look_for_signals(Interrupt *interrupt) noexcept nogil:
+    """Only on the calling thread, where an exception belongs."""
+    cdef double now
+    if interrupt.stop:
+        return
+    now = seconds_now()
+    if interrupt.next_look == 0:        # the call has just begun
+        interrupt.next_look = now + SIGNAL_SECONDS
+    elif now >= interrupt.next_look:
+        interrupt.stop = handler_raised()
+        interrupt.next_look = seconds_now() + SIGNAL_SECONDS
 
 
 cdef inline Tile *tile_of(const Call *call, const Head *head, int number) noexcept nogil:
@@ -707,6 +775,8 @@ cdef void open_tile(const Call *call, const Head *head, Tile *tile) noexcept nog
     tile.first_max = 0
     tile.last_max = -1
     tile.fresh = True
+    tile.folded = False
+    tile.fold = -1
     tile.seen = 0
     query_head = head.kv_head * call.group + tile.row_begin // head.q_len
     index = tile.row_begin % head.q_len
@@ -851,6 +921,33 @@ cdef void modify_scores(const Call *call, const Head *head, Tile *tile, int64_t 
         kernels.bias(tile.S, nk, tile.nvec, tile.rows, shared, tile.allow)
 
 
+cdef void fold_sums(const Call *call, Tile *tile, bint finish) noexcept nogil:
+    """Move acc and row_sum to total and total_sum; finish: and the whole sums back."""
+    cdef const qkv_tile_kernels *kernels = call.kernels
+    cdef int real_bytes = kernels.real_bytes, i
+    cdef Py_ssize_t row_bytes = tile.lanes * real_bytes
+    cdef double before, now
+    if not tile.folded:
+        memset(tile.total, 0, call.v_dim * row_bytes)
+        memset(tile.error, 0, call.v_dim * row_bytes)
+        memset(tile.total_sum, 0, row_bytes)
+        memset(tile.sum_error, 0, row_bytes)
+        memcpy(tile.fold_max, tile.row_max, row_bytes)
+        tile.folded = True
+    for i in range(tile.lanes):
+        before = get_real(tile.fold_max, i, real_bytes)
+        now = get_real(tile.row_max, i, real_bytes)
+        set_real(tile.decay, i, real_bytes, 1 if before == now else exp2(before - now))
+    memcpy(tile.fold_max, tile.row_max, row_bytes)
+    if tile.fresh:
+        memset(tile.acc, 0, call.v_dim * row_bytes)
+    kernels.fold(tile.total, tile.error, tile.acc, call.v_dim, tile.nvec, tile.decay, finish)
+    kernels.fold(tile.total_sum, tile.sum_error, tile.row_sum, 1, tile.nvec, tile.decay, finish)
+    tile.fresh = not finish
+    if not finish:
+        memset(tile.row_sum, 0, row_bytes)
+
+
 cdef void attend_block(const Call *call, const Head *head, Tile *tile,
                        Block *block) noexcept nogil:
     """One step of the online softmax: the keys of a block against one tile."""
@@ -874,6 +971,10 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         find_spans(call, tile, nk)
         while not tile.allow[nk - 1]:
             nk -= 1
+    if begin // call.fold_keys != tile.fold:  # where rows are few, a tile is of one chunk
+        if tile.fold >= 0:
+            fold_sums(call, tile, False)
+        tile.fold = begin // call.fold_keys
     cdef Py_ssize_t ld = tile.lanes
     cdef Groups groups
     cdef qkv_rows[2] soon
@@ -945,6 +1046,8 @@ cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept no
     """Divide by the sums and write the rows."""
     cdef int real_bytes = call.kernels.real_bytes
     cdef int i
+    if tile.folded:
+        fold_sums(call, tile, True)
     for i in range(tile.count):
         finish_row(call, head, tile, i)
     for i in range(tile.count, tile.lanes):
@@ -1081,6 +1184,7 @@ cdef void run_task(const Job *job, int thread, Py_ssize_t task) noexcept nogil:
     head.slopes = batch_entry(call, &call.slopes, low)
     head.offset = sequence.offset
     head.visible = sequence.visible
+    head.on_caller = thread == 0
     head.scratch = scratch
     head.gathered = scratch + call.gathered_at
     if call.kernels.enter != NULL:
@@ -1099,6 +1203,8 @@ cdef Tile *open_next(const Call *call, const Head *head, int number,
     cdef Tile *tile = tile_of(call, head, number)
     tile.Qt = <char *>tile + TILE_BYTES
     tile.acc = <char *>tile + call.acc_at
+    tile.total = <char *>tile + call.total_at
+    tile.error = <char *>tile + call.error_at
     tile.S = head.scratch if call.heads_per_task == 1 else <char *>tile + call.S_at
     tile.row_begin = row_begin
     tile.count = <int>rows
@@ -1132,7 +1238,12 @@ cdef void attend_keys(const Call *call, const Head *heads, int num_heads, int ti
     cdef Block block
     cdef int i
     cdef int64_t begin = first // call.block_k * call.block_k
-    while begin <= last:
+    cdef Py_ssize_t blocks = 0
+    while begin <= last and not call.interrupt.stop:
+        blocks += 1
+        if blocks >= call.blocks_per_look and heads.on_caller:
+            blocks = 0
+            look_for_signals(call.interrupt)
         if (turns and begin % call.turn == 0 and begin >= tile.first_max
                 and begin + call.turn - 1 <= min(tile.last_min, last)):
             attend_turn(call, heads, num_heads, begin)
@@ -1162,6 +1273,8 @@ cdef void run_tiles(const Call *call, const Head *head, Py_ssize_t part) noexcep
         row_begin += call.kernels.tile_q
         tiles += 1
     attend_keys(call, head, 1, tiles, first, last)
+    if call.interrupt.stop:
+        return
     for i in range(tiles):
         close_tile(call, head, tile_of(call, head, i))
 
@@ -1181,6 +1294,8 @@ cdef void run_chunk(const Job *job, const Call *call, const Head *head, const Se
         tile = open_next(call, &heads[i], i, 0, call.group * head.q_len)
     attend_keys(call, heads, count, count, max(begin, tile.first_min),
                 min(begin + CHUNK - 1, tile.last_max))
+    if call.interrupt.stop:
+        return
     for i in range(count):
         tile = tile_of(call, head, i)
         if sequence.tasks_per_head > 1:
@@ -1189,7 +1304,7 @@ cdef void run_chunk(const Job *job, const Call *call, const Head *head, const Se
             save_part(call, tile, parts + chunk * job.part_bytes)
             if take_one(&(<Part *>parts).remaining, 1) > 0:
                 continue
-            merge_parts(call, tile, parts, job.part_bytes, sequence.tasks_per_head)
+            merge_parts(call, head, tile, parts, job.part_bytes, sequence.tasks_per_head)
         close_tile(call, &heads[i], tile)
 
 
@@ -1203,48 +1318,54 @@ cdef void save_part(const Call *call, const Tile *tile, char *memory) noexcept n
     memcpy(memory + 2 * bytes, tile.acc, bytes * call.acc_stride)
 
 
-cdef void merge_parts(const Call *call, Tile *tile, const char *parts, Py_ssize_t part_bytes,
-                      Py_ssize_t count) noexcept nogil:
-    """The chunks' partial results, in their order whichever ended first."""
+cdef void merge_parts(const Call *call, const Head *head, Tile *tile, const char *parts,
+                      Py_ssize_t part_bytes, Py_ssize_t count) noexcept nogil:
+    """The chunks' partial results, in their order whichever ended first, summed in double."""
     cdef int real_bytes = call.kernels.real_bytes, r
-    cdef Py_ssize_t i, d, bytes = tile.count * real_bytes
+    cdef Py_ssize_t i, bytes = tile.count * real_bytes
+    cdef double *total = <double *>head.gathered
     cdef const char *part
-    cdef double own_max, own, other_max, other, top
+    cdef char *acc
+    cdef double top, row_sum, weight
     tile.seen = 0
-    tile.fresh = False
-    for r in range(tile.count):
-        set_real(tile.row_max, r, real_bytes, -FLT_MAX if real_bytes == 4 else -DBL_MAX)
-        set_real(tile.row_sum, r, real_bytes, 0)
-    memset(tile.acc, 0, bytes * call.acc_stride)
     for i in range(count):
-        part = parts + i * part_bytes
-        tile.seen |= (<const Part *>part).seen
-        part += round_up(sizeof(Part))
-        for r in range(tile.count):
-            own_max = get_real(tile.row_max, r, real_bytes)
-            other_max = get_real(part, r, real_bytes)
-            top = other_max if other_max > own_max else own_max
-            own = exp2(own_max - top)
-            other = exp2(other_max - top)
-            set_real(tile.row_max, r, real_bytes, top)
-            set_real(tile.row_sum, r, real_bytes, own * get_real(tile.row_sum, r, real_bytes)
-                     + other * get_real(part + bytes, r, real_bytes))
-            add_scaled(<char *>tile.acc + r * call.acc_stride * real_bytes, own,
-                       part + 2 * bytes + r * call.acc_stride * real_bytes, other,
-                       call.acc_stride, real_bytes)
+        tile.seen |= (<const Part *>(parts + i * part_bytes)).seen
+    parts += round_up(sizeof(Part))
+    for r in range(tile.count):
+        top = get_real(parts, r, real_bytes)
+        for i in range(1, count):
+            weight = get_real(parts + i * part_bytes, r, real_bytes)
+            if weight > top:
+                top = weight
+        row_sum = 0
+        memset(total, 0, call.acc_stride * sizeof(double))
+        for i in range(count):
+            part = parts + i * part_bytes
+            weight = exp2(get_real(part, r, real_bytes) - top)
+            row_sum += weight * get_real(part + bytes, r, real_bytes)
+            part += 2 * bytes + r * call.acc_stride * real_bytes
+            if real_bytes == 4:
+                add_weighted(total, weight, <const float *>part, call.acc_stride)
+            else:
+                add_weighted(total, weight, <const double *>part, call.acc_stride)
+        set_real(tile.row_max, r, real_bytes, top)
+        set_real(tile.row_sum, r, real_bytes, row_sum)
+        acc = <char *>tile.acc + r * call.acc_stride * real_bytes
+        for i in range(call.acc_stride):
+            set_real(acc, <int>i, real_bytes, total[i])
 
 
-cdef void add_scaled(void *acc, double own, const void *part, double other, Py_ssize_t length,
-                     int real_bytes) noexcept nogil:
-    """acc = acc * own + part * other"""
+ctypedef fused real:
+    float
+    double
+
+
+cdef void add_weighted(double *total, double weight, const real *part,
+                       Py_ssize_t length) noexcept nogil:
+    """total += weight * part"""
     cdef Py_ssize_t i
-    cdef float own_f = <float>own, other_f = <float>other
-    if real_bytes == 4:
-        for i in range(length):
-            (<float *>acc)[i] = ((<float *>acc)[i] * own_f + (<const float *>part)[i] * other_f)
-    else:
-        for i in range(length):
-            (<double *>acc)[i] = (<double *>acc)[i] * own + (<const double *>part)[i] * other
+    for i in range(length):
+        total[i] += weight * part[i]
 
 
 cdef void finish_row(const Call *call, const Head *head, Tile *tile, int i) noexcept nogil:
@@ -1282,26 +1403,16 @@ cdef void finish_row(const Call *call, const Head *head, Tile *tile, int i) noex
 
 # --- The one place where threads are used ---------------------------------------------------
 
-cdef extern from "time.h" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int CLOCK_MONOTONIC
-    int clock_gettime(int, timespec *)
-
-
-cdef double seconds_now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return t.tv_sec + 1e-9 * t.tv_nsec
-
-
 cdef int active_calls = 0       # changed with the GIL held only
 
 
 cdef void run_pool_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
     cdef const Job *job = <const Job *>context
     cdef double begin
+    if thread == 0:
+        look_for_signals(job.tiles.interrupt)
+    if job.tiles.interrupt.stop:
+        return
     if job.busy == NULL:
         run_task(job, thread, task)
         return
@@ -1310,8 +1421,16 @@ cdef void run_pool_task(const void *context, int thread, Py_ssize_t task) noexce
     job.busy[thread] += seconds_now() - begin
 
 
+cdef void wait_for_tasks(const void *context) noexcept nogil:
+    """What the calling thread does while others are at work on the last tasks."""
+    look_for_signals((<const Job *>context).tiles.interrupt)
+
+
 cdef void run_tasks(const Job *job, int threads) noexcept nogil:
-    """All tasks of a job on at most `threads` threads: by our pool, or OpenMP if so built."""
+    """All tasks of a job on at most `threads` threads: by our pool, or OpenMP if so built.
+
+    OpenMP's calling thread can't look for signals while it waits for the others' last tasks.
+    """
     cdef Py_ssize_t task, tasks = job.places[job.batches].task
     if threads <= 1:
         for task in range(tasks):
@@ -1320,7 +1439,12 @@ cdef void run_tasks(const Job *job, int threads) noexcept nogil:
         for task in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
             run_pool_task(job, threadid(), task)
     else:
-        qkv_run_tasks(run_pool_task, job, tasks, threads)
+        qkv_run_tasks(run_pool_task, wait_for_tasks, job, tasks, threads)
+
+
+cdef int raise_pending(const Interrupt *interrupt) except -1:
+    """Raise what a signal's handler has raised."""
+    return -1 if interrupt.stop else 0
 
 
 cdef int threads_for(double work, int budget) noexcept:
@@ -1390,6 +1514,27 @@ def load_blas():
     blas_loaded = True
 
 
+# OpenBLAS has room for so many threads, with a buffer each that it waits for without end where
+# there is no memory for it.
+cdef int MOST_BLAS_THREADS = 64
+cdef size_t BLAS_BUFFER = 48 << 20      # 32 MiB, and a thread's stack
+cdef int blas_threads_seen = 0
+
+
+cdef int blas_threads(int budget) except -1:
+    """As many threads as may call BLAS: no more than there are CPUs, and memory for their buffers."""
+    global blas_threads_seen
+    cdef void *probe
+    budget = min(budget, MOST_BLAS_THREADS, <int>_threads.cpus())
+    if budget > blas_threads_seen:
+        probe = malloc(<size_t>(budget - blas_threads_seen) * BLAS_BUFFER)
+        if probe == NULL:
+            raise MemoryError(f"no memory for the buffers of BLAS on {budget} threads")
+        free(probe)
+        blas_threads_seen = budget
+    return budget
+
+
 cdef dict isa_index = {}    # of those that run
 cdef int each = 0
 while qkv_isa_name(each) != NULL:
@@ -1444,7 +1589,7 @@ def fma_peak(int threads, double seconds=0.2, int type=QKV_FLOAT32, isa=None):
     elapsed = 0.0
     while elapsed < seconds:
         with nogil:
-            qkv_run_tasks(run_fma_task, kernels, 8 * threads, threads)
+            qkv_run_tasks(run_fma_task, NULL, kernels, 8 * threads, threads)
         rounds += 1
         elapsed = time.perf_counter() - begin
     return 8e-9 * threads * rounds * FMA_ROUNDS * kernels.fma_chain_flop / elapsed
@@ -1478,7 +1623,7 @@ def read_once(arrays, int threads):
         memory.words = <const uint64_t *>cnp.PyArray_DATA(array)
         memory.count = cnp.PyArray_NBYTES(array) // 8
         with nogil:
-            qkv_run_tasks(run_read_task, &memory,
+            qkv_run_tasks(run_read_task, NULL, &memory,
                           (memory.count + WORDS_PER_TASK - 1) // WORDS_PER_TASK, threads)
     return time.perf_counter() - begin
 
@@ -1512,13 +1657,10 @@ cdef void set_operand(Operand *operand, cnp.ndarray array, int type, Py_ssize_t 
         operand.col == item or shape[batch_ndim + 2] <= 1)
 
 
-cdef void limit_to_blas(Operand *operand, Py_ssize_t count, Py_ssize_t length,
-                        int real_bytes) noexcept:
+cdef void limit_to_blas(Operand *operand, Py_ssize_t length, int real_bytes) noexcept:
     """GEMM wants aligned rows one after another, their distance an int."""
     cdef Py_ssize_t columns = operand.row // real_bytes
-    if count == 1:
-        operand.row = length * real_bytes
-    elif (operand.row % real_bytes != 0 or columns < length or columns > 0x7fffffff):
+    if (operand.row % real_bytes != 0 or columns < length or columns > 0x7fffffff):
         operand.direct = False
     if <uintptr_t>operand.data % real_bytes != 0:
         operand.direct = False
@@ -1573,7 +1715,8 @@ cdef Py_ssize_t heads_in_turn(const Call *call, Py_ssize_t tasks, Py_ssize_t thr
     return heads
 
 
-cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few) except *:
+cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few,
+                  Interrupt *interrupt) except *:
     """Fill a Call, for tiles or for few rows, with these kernels."""
     cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
     cdef cnp.ndarray out = problem.out, sinks
@@ -1582,6 +1725,7 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(query)
     memset(call, 0, sizeof(Call))
     call.kernels = kernels
+    call.interrupt = interrupt
     call.few = few
     call.batch_ndim = nb
     call.batch_shape = shape
@@ -1644,6 +1788,9 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
         call.block_k = min(call.block_k, BLOCK_K_FEW_HALF if size_of(call.key.type) == 2
                            else BLOCK_K_FEW)
         set_turns(call)
+    call.fold_keys = FOLD_KEYS_PAIRS if kernels.operand == QKV_BFLOAT16 else FOLD_KEYS
+    call.blocks_per_look = max(1, <Py_ssize_t>(
+        CLOCK_WORK / (<double>MAX_ROWS_PER_TASK * call.block_k * (call.head_dim + call.v_dim))))
 
 
 cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
@@ -1677,7 +1824,11 @@ cdef void lay_out_scratch(Call *call, Py_ssize_t rows) noexcept:
         # it asks for values next, it would wait (7 % of bfloat16 from memory, if acc is at 3200).
         call.tiles_at = round_up(call.tiles_at + TILE_BYTES, PAGE) - TILE_BYTES
         call.acc_at = TILE_BYTES + round_up(depth * row_bytes, PAGE) + PAGE // 2
-    call.S_at = call.acc_at + round_up(v_depth * row_bytes)
+    call.total_at = call.acc_at + round_up(v_depth * row_bytes)
+    call.error_at = call.S_at = call.total_at
+    if not call.few and call.kv_len > call.fold_keys:
+        call.error_at = call.total_at + round_up(call.v_dim * row_bytes)
+        call.S_at = call.error_at + round_up(call.v_dim * row_bytes)
     call.tile_bytes = call.S_at
     if call.heads_per_task > 1:  # and spread over the sets of the caches
         call.tile_bytes = round_up(call.S_at + keys * row_bytes, PAGE) + PAGE // 2 + PAGE // 8
@@ -1694,6 +1845,10 @@ cdef double place_tasks(const Job *job, Place *totals) noexcept nogil:
     cdef Py_ssize_t batch, heads
     memset(&place, 0, sizeof(Place))
     for batch in range(job.batches):
+        if batch % BATCHES_PER_LOOK == BATCHES_PER_LOOK - 1:
+            look_for_signals(call.interrupt)
+            if call.interrupt.stop:
+                break
         if job.places != NULL:
             job.places[batch] = place
         open_sequence(job, batch, &sequence)
@@ -1742,7 +1897,8 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
     cdef Job job
     cdef cnp.ndarray query = problem.query, key = problem.key
     cdef Py_ssize_t axis
-    if cnp.PyArray_SIZE(problem.out) == 0 and problem.lse is None:
+    if cnp.PyArray_SIZE(problem.out) == 0 and (
+            problem.lse is None or cnp.PyArray_SIZE(problem.lse) == 0):
         return
     if cnp.PyArray_DIMS(key)[cnp.PyArray_NDIM(query) - 3] == 0:  # no heads
         return
@@ -1754,11 +1910,11 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
         kernels = &blas_tables[index][wide]
     else:
         kernels = table_of(index, problem.code)
-    prepare(&job.tiles, problem, kernels, False)
+    prepare(&job.tiles, problem, kernels, False, &job.interrupt)
     if tiles == "blas":
         job.tiles.fixed_nvec = kernels.tile_q // kernels.lanes
-        limit_to_blas(&job.tiles.key, job.tiles.kv_len, job.tiles.head_dim, kernels.real_bytes)
-        limit_to_blas(&job.tiles.value, job.tiles.kv_len, job.tiles.v_dim, kernels.real_bytes)
+        limit_to_blas(&job.tiles.key, job.tiles.head_dim, kernels.real_bytes)
+        limit_to_blas(&job.tiles.value, job.tiles.v_dim, kernels.real_bytes)
     cdef Call *call = &job.tiles
     cdef const qkv_tile_kernels *few = table_of(index, QKV_FLOAT64 if wide else QKV_FLOAT32)
     job.few_share = few_share if call.key.direct and call.value.direct else few_share_converted
@@ -1769,10 +1925,15 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
     for axis in range(call.batch_ndim):
         job.batches *= call.batch_shape[axis]
     cdef int budget = problem.num_threads
+    if tiles == "blas":
+        budget = blas_threads(budget)
     cdef Place totals
     if job.few_most > 0:
-        prepare(&job.few, problem, few, True)
-    cdef double work = place_tasks(&job, &totals)
+        prepare(&job.few, problem, few, True, &job.interrupt)
+    cdef double work
+    with nogil:
+        work = place_tasks(&job, &totals)
+    raise_pending(&job.interrupt)
     # Keys and values that must be converted, packed or looked at once for several tiles, or fetched
     # from far.
     if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
@@ -1813,11 +1974,13 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
         job.scratch = arena.aligned()
         job.places = <Place *>(job.scratch + threads * job.scratch_bytes)
         job.parts = <char *>job.places + places_bytes
-        place_tasks(&job, &totals)
-        count_chunks(&job)
         with nogil:
-            run_tasks(&job, threads)
+            place_tasks(&job, &totals)
+            if not job.interrupt.stop:
+                count_chunks(&job)
+                run_tasks(&job, threads)
         if arena.size <= KEPT_BYTES:
             idle_arenas.append(arena)
     finally:
         active_calls -= 1
+    raise_pending(&job.interrupt)

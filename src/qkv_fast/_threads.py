@@ -110,14 +110,18 @@ def _find_default() -> tuple[int, str]:
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if first.isdecimal() and int(first) >= 1:
         return int(first), "OMP_NUM_THREADS"
-    if hasattr(os, "sched_getaffinity"):
-        cpus, what = len(os.sched_getaffinity(0)), "CPU affinity"
-    else:
-        cpus, what = os.cpu_count() or 1, "CPUs"
+    count, what = cpus(), "CPU affinity" if hasattr(os, "sched_getaffinity") else "CPUs"
     quota = cgroup_quota()
-    if quota is not None and quota < cpus:
+    if quota is not None and quota < count:
         return max(1, int(quota)), "cgroup CPU quota"
-    return max(1, cpus), what
+    return count, what
+
+
+def cpus() -> int:
+    """Return the number of CPUs that the process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
 
 
 def cgroup_quota(
