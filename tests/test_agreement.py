@@ -197,7 +197,7 @@ def test_the_error_is_that_of_rounding(engine, rng):
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_the_error_does_not_grow_with_the_number_of_keys(engine, rows):
-    """Equal keys and values: a plain float32 sum rounds each block of them in the same direction."""
+    """Equal keys: a plain float32 sum rounds each block of them in the same direction."""
     errors = {}
     for length in (1 << 11, 1 << 17):
         q, k = (np.broadcast_to(np.float32(1), (1, n, 8)) for n in (rows, length))

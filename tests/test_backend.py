@@ -233,7 +233,7 @@ with qkv_fast.backend("native", tiles="blas"):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("megabytes", [6, 20, 50, 1 << 20])
 def test_blas_without_memory_for_its_buffers_raises(native, megabytes):
-    """OpenBLAS would wait for ever for a buffer; with more threads than it has room for it complains."""
+    """OpenBLAS would wait for ever for a buffer, and complain of too many threads."""
     done = run_python(BLAS_THREADS.format(megabytes=megabytes, threads=256))
     assert done.stdout.strip() in ("done", "MemoryError"), done.stderr
     assert done.stderr == ""

@@ -49,7 +49,7 @@ def test_the_rest_of_the_batch_changes_no_bit(engine, rng, dtype, options, size)
 @pytest.mark.parametrize("first", [1200, 4400])
 @pytest.mark.parametrize("left", [None, 2500])
 def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, dtype, first, left):
-    """Nor how many rows there are, as long as tiles are for them; nor the keys of its neighbours."""
+    """Nor how many rows there are, as long as tiles are for them, nor its neighbours' keys."""
     if engine.tiles != "simd":
         pytest.skip("neither NumPy's products nor BLAS' promise this")
     monkeypatch.setattr(_backend, "_runners", {})

@@ -29,8 +29,8 @@ _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other 
 
 # Where the two kinds of kernels take about the same time: 8 heads, 1024 to 65536 keys of size 128
 # (docs/architecture.md). With 16 lanes of float32 that is at 10 rows, with 8 at 6, and more rows
-# than a vector has lanes are always faster in tiles. bfloat16 in pairs is faster from 6 to 10 rows on. Tiles that convert keys first
-# (float16, int8) are only so from 16 on, and again from 24.
+# than a vector has lanes are always faster in tiles. bfloat16 in pairs is faster from 6 to 10 rows
+# on. Tiles that convert keys first (float16, int8) are only so from 16 on, and again from 24.
 FEW_SHARE = 0.625
 FEW_SHARE_PAIRS = 0.3
 FEW_SHARE_CONVERTED = 0.875
