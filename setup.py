@@ -3,19 +3,28 @@
 QKV_FAST_NO_EXTENSION=1       don't build it: the pure-Python engine serves the whole API
 QKV_FAST_REQUIRE_EXTENSION=1  fail when it can't be built (CI and wheel builds set this)
 QKV_FAST_OPENMP=1             loop with OpenMP instead of the library's own thread pool
+QKV_FAST_BUILD_JOBS=2         compile so many files at a time; by default, as many as there are CPUs
 """
 
 import json
 import os
+import sys
+from contextlib import suppress
+from copy import copy
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+sys.path.insert(0, str(Path(__file__).parent))  # PEP 517 builds have no project folder there
+import build_support
 
 PACKAGE = "qkv_fast"
 OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
+OBJECTS = "build/objects"  # stays when pip's temporary folders go: build_support.BuildCache
 
 
 def extensions():
@@ -52,6 +61,7 @@ class BuildExtension(build_ext):
         }
 
     def run(self):
+        self.jobs = self.parallel or build_support.job_count(os.environ)
         reason = self.build_or_reason()
         if reason:
             if os.environ.get("QKV_FAST_REQUIRE_EXTENSION") == "1":
@@ -82,6 +92,45 @@ class BuildExtension(build_ext):
         except (Exception, SystemExit) as error:  # whatever a broken tool chain can raise
             return f"the build failed: {type(error).__name__}: {error}"
         return ""
+
+    def build_extensions(self):
+        flags = {extension.name: self.compile_flags(extension) for extension in self.extensions}
+        if all(flags.values()):
+            self.compile_objects(flags)
+            self.force = self.compiler.force = True  # link, whatever the files' times
+        super().build_extensions()
+
+    def compile_objects(self, flags):
+        """Compile the sources of all extensions and leave only their objects to be linked."""
+        sources = [(e.name, source, flags[e.name]) for e in self.extensions for source in e.sources]
+        cache = build_support.BuildCache(OBJECTS, self.build_temp)
+        objects = build_support.build_objects(cache, sources, self.cython_directives, self.jobs)
+        for extension in self.extensions:
+            extension.extra_objects = objects[extension.name]
+            extension.sources = []
+
+    def compile_flags(self, extension):
+        """Return setuptools' command for an extension's files, without the files.
+
+        It is empty where setuptools has to compile them itself: MSVC, or a setuptools that
+        runs the compiler in a way unknown here.
+        """
+        command = []
+        recorder = copy(self.compiler)
+        recorder.call = recorder.spawn = lambda arguments, **_: command.extend(arguments)
+        if recorder.compiler_type != "unix":
+            return []
+        with suppress(CompileError):
+            [built] = recorder.compile(
+                ["file.c"],
+                output_dir=self.build_temp,
+                macros=extension.define_macros,
+                include_dirs=extension.include_dirs,
+                debug=self.debug,
+                extra_postargs=extension.extra_compile_args,
+            )
+            command = [part for part in command if part not in ("-c", "file.c", "-o", built)]
+        return command
 
     def built_path(self, extension):
         if self.inplace or self.editable_mode:
