@@ -74,8 +74,9 @@ class BuildCache:
 
         Other builds see a result only once it is complete: it is written elsewhere and renamed.
         """
-        with suppress(FileNotFoundError):
-            os.utime(path)  # what is in use is pruned last
+        if path.exists():
+            with suppress(OSError):
+                os.utime(path)  # what is in use is pruned last
             return False
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             result = Path(scratch) / path.name

@@ -6,11 +6,12 @@ QKV_FAST_OPENMP=1             loop with OpenMP instead of the library's own thre
 QKV_FAST_BUILD_JOBS=2         compile so many files at a time; by default, as many as there are CPUs
 """
 
+import copy
 import json
 import os
+import shutil
 import sys
 from contextlib import suppress
-from copy import copy
 from glob import glob
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def extensions():
         ),
         Extension(f"{PACKAGE}._blas", [f"src/{PACKAGE}/_blas.pyx"], extra_compile_args=flags),
     ]
+
+
+def temporary_name(library):
+    """Return a name of this process beside the library, with its suffix (which git ignores)."""
+    return str(Path(library).with_suffix(f".{os.getpid()}{Path(library).suffix}"))
 
 
 class BuildExtension(build_ext):
@@ -98,6 +104,7 @@ class BuildExtension(build_ext):
         if all(flags.values()):
             self.compile_objects(flags)
             self.force = self.compiler.force = True  # link, whatever the files' times
+            self.compiler.link_shared_object = self.link_and_rename
         super().build_extensions()
 
     def compile_objects(self, flags):
@@ -109,6 +116,19 @@ class BuildExtension(build_ext):
             extension.extra_objects = objects[extension.name]
             extension.sources = []
 
+    def link_and_rename(self, objects, library, *args, **options):
+        """Link to a temporary name and rename: another build may be copying the library."""
+        temporary = temporary_name(library)
+        type(self.compiler).link_shared_object(self.compiler, objects, temporary, *args, **options)
+        os.replace(temporary, library)
+
+    def copy_extensions_to_source(self):
+        for extension in self.extensions:
+            library = self.built_path(extension)
+            temporary = temporary_name(library)
+            shutil.copy(Path(self.build_lib) / self.get_ext_filename(extension.name), temporary)
+            os.replace(temporary, library)
+
     def compile_flags(self, extension):
         """Return setuptools' command for an extension's files, without the files.
 
@@ -116,7 +136,7 @@ class BuildExtension(build_ext):
         runs the compiler in a way unknown here.
         """
         command = []
-        recorder = copy(self.compiler)
+        recorder = copy.copy(self.compiler)
         recorder.call = recorder.spawn = lambda arguments, **_: command.extend(arguments)
         if recorder.compiler_type != "unix":
             return []
