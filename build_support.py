@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -178,15 +178,23 @@ def translate(
 
 
 def run_parallel(tasks: Iterable[Callable[[], None]], jobs: int) -> None:
-    """Run the tasks, the first ones first; after a failure start no more and raise it."""
+    """Run the tasks, starting them in order; after a failure start no more and raise it."""
+    stop = threading.Event()
+
+    def run(task: Callable[[], None]) -> None:
+        if not stop.is_set():
+            try:
+                task()
+            except BaseException:
+                stop.set()
+                raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(task) for task in tasks]
         try:
-            for future in as_completed(futures):
+            for future in [pool.submit(run, task) for task in tasks]:
                 future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            stop.set()  # also after Ctrl+C
 
 
 def build_objects(
