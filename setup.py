@@ -89,6 +89,7 @@ class BuildExtension(build_ext):
     def build_or_reason(self):
         if os.environ.get("QKV_FAST_NO_EXTENSION") == "1":
             return "QKV_FAST_NO_EXTENSION=1 was set when it was built"
+        inplace = self.inplace
         try:
             import numpy
 
@@ -96,6 +97,7 @@ class BuildExtension(build_ext):
                 extension.include_dirs.append(numpy.get_include())
             super().run()
         except (Exception, SystemExit) as error:  # whatever a broken tool chain can raise
+            self.inplace = inplace  # setuptools cleared it on the way
             return f"the build failed: {type(error).__name__}: {error}"
         return ""
 
