@@ -103,20 +103,28 @@ class BuildExtension(build_ext):
 
     def build_extensions(self):
         flags = {extension.name: self.compile_flags(extension) for extension in self.extensions}
-        if all(flags.values()):
-            self.compile_objects(flags)
-            self.force = self.compiler.force = True  # link, whatever the files' times
-            self.compiler.link_shared_object = self.link_and_rename
-        super().build_extensions()
+        if not all(flags.values()):
+            super().build_extensions()
+            return
+        declared = self.extensions  # wheel builds run this command twice
+        self.extensions = self.compile_objects(flags)
+        self.force = self.compiler.force = True  # link, whatever the files' times
+        self.compiler.link_shared_object = self.link_and_rename
+        try:
+            super().build_extensions()
+        finally:
+            self.extensions = declared
 
     def compile_objects(self, flags):
-        """Compile the sources of all extensions and leave only their objects to be linked."""
+        """Compile what changed; return extensions that are only to be linked."""
         sources = [(e.name, source, flags[e.name]) for e in self.extensions for source in e.sources]
         cache = build_support.BuildCache(OBJECTS, self.build_temp)
         objects = build_support.build_objects(cache, sources, self.cython_directives, self.jobs)
-        for extension in self.extensions:
+        linkable = [copy.copy(extension) for extension in self.extensions]
+        for extension in linkable:
             extension.extra_objects = objects[extension.name]
             extension.sources = []
+        return linkable
 
     def link_and_rename(self, objects, library, *args, **options):
         """Link to a temporary name and rename: another build may be copying the library."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -219,38 +220,55 @@ def test_job_count() -> None:
             build_support.job_count({"QKV_FAST_BUILD_JOBS": wrong})
 
 
-@pytest.mark.parametrize("required", ["0", "1"])
-def test_without_compiler_the_reason_is_noted_or_the_build_fails(
-    tmp_path: Path, required: str
-) -> None:
-    for name in ("setuptools", "Cython"):
-        pytest.importorskip(name)
-    import setuptools
-
+@pytest.fixture
+def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return setup.py as a command, on a copy of the project with all but empty extensions."""
+    pytest.importorskip("Cython")
+    setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.partition(".")[0]) < 77:
         pytest.skip("needs setuptools 77")
     for name in ("setup.py", "build_support.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     package = tmp_path / "src" / "qkv_fast"
-    package.mkdir(parents=True)
+    (package / "bench").mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "1.0"\n')
     for name in ("_engine.pyx", "_blas.pyx"):
         (package / name).write_text("x = 1\n")
-    (package / "__init__.py").write_text('__version__ = "1.0"\n')
-    of_before = package / f"_engine{sysconfig.get_config_var('EXT_SUFFIX')}"
-    of_before.touch()
-    environment = os.environ | {"CC": "no-such-cc", "QKV_FAST_REQUIRE_EXTENSION": required}
-    environment.pop("QKV_FAST_NO_EXTENSION", None)
-    build = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if required == "1":
-        assert build.returncode
-        assert "QKV_FAST_REQUIRE_EXTENSION=1, but the build failed" in build.stderr
-    else:
-        assert build.returncode == 0
-        assert "no-such-cc" in (package / "_build_info.json").read_text(encoding="utf-8")
-        assert not of_before.exists()
+    (package / f"_engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # an earlier build's
+
+    def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("QKV_FAST_")}
+        return subprocess.run(
+            [sys.executable, "setup.py", *command],
+            cwd=tmp_path,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@needs_compiler
+def test_wheel_holds_the_extensions(small_copy: Callable, tmp_path: Path) -> None:
+    build = small_copy("bdist_wheel", QKV_FAST_REQUIRE_EXTENSION="1")
+    assert build.returncode == 0, build.stdout + build.stderr
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    for module in ("_engine", "_blas"):
+        assert f"qkv_fast/{module}{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+
+
+def test_without_compiler_the_reason_is_noted(small_copy: Callable, tmp_path: Path) -> None:
+    build = small_copy("build_ext", "--inplace", CC="no-such-cc")
+    assert build.returncode == 0
+    package = tmp_path / "src" / "qkv_fast"
+    assert "no-such-cc" in (package / "_build_info.json").read_text(encoding="utf-8")
+    assert not list(package.glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+
+
+def test_without_compiler_a_required_extension_fails(small_copy: Callable) -> None:
+    build = small_copy("build_ext", CC="no-such-cc", QKV_FAST_REQUIRE_EXTENSION="1")
+    assert build.returncode
+    assert "QKV_FAST_REQUIRE_EXTENSION=1, but the build failed" in build.stderr
