@@ -436,7 +436,7 @@ class Case:
             trouble = self.trouble() if any(m.changed() for m in self.memories) else ""
             self.restore()
             if trouble or what:
-                yield Difference(trouble or what, label(choice), self.note)
+                yield Difference(what or trouble, label(choice), self.note)
                 if what:
                     return  # refusals stand before the engines: it is the same for all
         if len(set(raised.values())) > 1:
@@ -464,7 +464,8 @@ def described(x: Any) -> str:
     if isinstance(x, list | tuple) and x and isinstance(x[0], np.ndarray):
         return "[" + ", ".join(map(described, x)) + "]"
     if not isinstance(x, np.ndarray):
-        return repr(x)
+        text = repr(x) if not huge(x) or x < 2**128 else f"an int of {x.bit_length()} bits"
+        return text if len(text) < 200 else text[:200] + "..."
     flags = "" if x.flags.writeable else " read-only"
     flags += "" if x.flags.aligned else " unaligned"
     text = f"{x.dtype.str if x.dtype.kind != 'V' else x.dtype} {x.shape} strides {x.strides}{flags}"
@@ -594,7 +595,7 @@ def as_ints(draw: Draw, memories: list[Memory], x: Array, unsigned: bool = True)
     kinds = ["i8"] if big else ["i8", "i8", "i4"]
     if unsigned and not big and (not x.size or x.min() >= 0):
         kinds += ["u8", "u4"]
-    return place(draw, memories, np.ascontiguousarray(x, draw.pick(kinds))).array
+    return place(draw, memories, x.astype(draw.pick(kinds))).array
 
 
 def add_out(draw: Draw, case: Case, shape: tuple[int, ...], bits: bool, query: Placed) -> None:
@@ -618,7 +619,9 @@ def add_out(draw: Draw, case: Case, shape: tuple[int, ...], bits: bool, query: P
         else:
             over = Memory(size + draw.pick((0, 64)))
             case.memories.append(over)
-        dtype = raw.newbyteorder(">") if draw.chance(0.05) else raw
+        dtype = raw
+        if draw.chance(0.05) and exposed_dtype(case.dtype, raw, bits) == raw:
+            dtype = raw.newbyteorder(">")
         seen = exposed_dtype(case.dtype, dtype, bits) if dtype.isnative else dtype
         case.out = Placed(np.ndarray(shape, seen, over.bytes, start, strides), over, start)
     array = case.out.array
@@ -990,7 +993,7 @@ class MergeCase:
         outputs, lses, self.outputs, self.lses = [], [], [], []
         for _ in range(draw.pick((1, 2, 2, 3, 6))):
             data = encode(numbers(draw, shape), name)
-            lse = draw.rng.standard_normal(shape[:-1]) * draw.pick((1, 1, 30, 1e4))
+            lse = np.asarray(draw.rng.standard_normal(shape[:-1]) * draw.pick((1, 1, 30, 1e4)))
             if draw.chance(0.3) and lse.size:
                 data = np.array(data)
                 empty = draw.rng.random(lse.shape) < 0.5
@@ -1355,7 +1358,20 @@ class CacheWalk:
         k, v = np.ones((b, self.heads, 1, self.d), "f4"), np.ones((b, self.heads, 1, self.dv), "f4")
         q = np.ones((b, self.heads, 1, self.d), "f4")
         n = int(c.lengths.max())
-        absurd = (2**63 - 1, 2**63, 2**64, 2**70, 1.5, math.nan, "1", None, [0.0], -1, -(2**63))
+        absurd = (
+            2**63 - 1,
+            2**63 - 1,
+            2**63,
+            2**64,
+            2**70,
+            1.5,
+            math.nan,
+            "1",
+            None,
+            [0.0],
+            -1,
+            -(2**63),
+        )
         bad = draw.pick(absurd)
         wrong: list[tuple[str, Callable[[], Any]]] = [
             ("append to", lambda: c.append(k, v, sequences=[bad])),
@@ -1366,8 +1382,8 @@ class CacheWalk:
             ("append shape", lambda: c.append(k, v[0])),
             ("append type", lambda: c.append(k.astype("i4"), v)),
             ("append type", lambda: c.append(k.tolist(), v)),
-            ("extend", lambda: c.extend([bad] * b)),
-            ("extend", lambda: c.extend(bad)),
+            *[("extend", lambda: c.extend([bad] * b))] * 3,
+            *[("extend", lambda: c.extend(bad))] * 3,
             ("extend", lambda: c.extend([1] * (b + 1))),
             ("truncate", lambda: c.truncate([bad] * b)),
             ("truncate", lambda: c.truncate(n + 1)),
@@ -1458,7 +1474,7 @@ def wrong_modifiers(draw: Draw, case: Case, heads: int, batch: tuple[int, ...]) 
         "out": pick((np.zeros(result).tolist(), np.zeros((*result, 1), dtype),
                      np.zeros(result, "i4"), np.zeros(result, "c8"), frozen,
                      np.zeros((*result[:-1], result[-1] + 1), dtype), np.ma.zeros(result, dtype),
-                     np.zeros(result, "f8" if dtype != np.float64 else "f4"), memoryview(b"1"))),
+                     np.zeros(result, "f4" if dtype.itemsize == 8 else "f8"), memoryview(b"1"))),
         "key_lengths": pick((pick(NOT_INTS), True, -1, beyond(draw, batch), math.inf)),
     }  # fmt: skip
 
@@ -1468,15 +1484,16 @@ def wrong_tensors(draw: Draw, case: Case, names: Sequence[str]) -> Options:
     wrong = {}
     for name in names:
         x = np.array(case.arguments[name])
-        other = "f8" if x.dtype != np.float64 else "f4"
+        other = "f4" if x.itemsize == 8 else "f8"
         choices: list[Any] = [
             None, x.tolist(), np.zeros(x.shape, int), x.astype("c8"), x.astype(object),
             x.astype("g"), np.ma.array(x), x[..., :0], x.ravel(), x.reshape(-1)[:1].reshape(()),
             np.zeros(x.shape, "i1"), np.zeros(x.shape, "M8[s]"), "x", 1.0,
-            np.concatenate([x] * 2, -3), np.zeros(x.shape, [("a", "f4")]), np.zeros(x.shape, "U3"),
+            np.concatenate([x] * 2), np.zeros(x.shape, [("a", "f4")]), np.zeros(x.shape, "U3"),
         ]  # fmt: skip
         if not name.endswith("_pages"):
-            choices.append(x.astype(other))
+            if case.function != "paged_attention":  # whose query may be of any dtype
+                choices.append(x.astype(other))
             choices.append(np.concatenate([x] * 7)[: 5 * len(x) + 2])
         if name in ("value", "value_pages"):
             choices[7:8] = [np.concatenate([x, x], -2)]  # any head size is right
@@ -1558,8 +1575,8 @@ def draw_refused(draw: Draw) -> Case:
         mask = (s.heads, s.q_len, 2 * size)
         wrong["block_table"] = draw.pick((
             off, off.tolist(), wide, table.astype(float), table[0], table[:, :0],
-            table[:1, :1, None], np.concatenate([table] * 2), "x", None, 1, table.astype(bool), np.ma.array(table),
-            off, wide,
+            table[:1, :1, None], np.concatenate([table] * 2), "x", None, 1, table.astype(bool),
+            np.ma.array(table), off, wide,
         ))  # fmt: skip
         wrong["key_lengths"] = draw.pick((wrong["key_lengths"], 3 * size + 1, None))
         wrong["attn_mask"] = draw.pick((np.ones((2 * size + 2,), bool), np.ones(mask, int), "x"))
@@ -1576,7 +1593,7 @@ def draw_refused(draw: Draw) -> Case:
 def wrong_starts(draw: Draw, cu: Array) -> Any:
     """Return cumulative lengths that are none."""
     total, at = int(cu[-1]), draw.whole(0, len(cu) - 1)
-    kind = draw.whole(0, 9)
+    kind = draw.whole(0, 8)
     if kind == 0:
         return cu.astype(float)
     if kind == 1:
@@ -1591,9 +1608,17 @@ def wrong_starts(draw: Draw, cu: Array) -> Any:
     # A sum of lengths that wraps around, or one step that falls.
     middle = draw.pick((total + 1, 2**31, 2**32, 2**62, 2**63 - 1, -1, -(2**62), -(2**63), 2**63,
                         2**64 - 1, 2**63 + 5))  # fmt: skip
-    starts = [0, *cu.tolist()[1:-1], middle, total] if kind < 8 else cu.tolist()
-    if kind >= 8:
+    starts = cu.tolist()
+    if kind == 5:
+        starts[-1:] = [middle, total]
+    elif kind == 6:
         starts[at] = middle
+    else:  # each length in int64 is positive: differences of more than 2**63 wrap around
+        first, second = draw.pick((
+            (2**63 - 1, total + 1 - 2**63), (2**62 + 9, -(2**62)),
+            (2**63 - 1, total + 1 + 2**63), (2**62 + 9, 3 * 2**62),
+        ))  # fmt: skip
+        starts = [0, first, second, total]
     if draw.chance(0.5):
         return starts
     unsigned = max(starts) >= 2**63
@@ -1697,15 +1722,26 @@ def differences(
     return case, list(case.run(choices))
 
 
-def kind_of(case: Any, difference: Difference) -> str:
-    """Return what to group by: not the numbers, but what went wrong where."""
-    refused = getattr(case, "truth", 0) is None and case.function != "attend"
-    about = (
-        case.note.split(" = ")[0].split(" is wrong")[0] if refused else getattr(case, "note", "")
-    )
-    return " | ".join(
-        [difference.what, case.function, about.split(";")[0], difference.choice]
-    )  # fmt: skip
+def by_kind(case: Any, found: list[Difference], choices: int) -> dict[str, str]:
+    """Return details by kind: what went wrong in which function, on which engines; no numbers."""
+    where: dict[str, list[Difference]] = collections.defaultdict(list)
+    about = ""
+    if getattr(case, "truth", True) is None:
+        about = f" | {case.note.split(' = ')[0].split(' is wrong')[0].splitlines()[0]}"
+    for difference in found:
+        what = difference.what
+        if what.startswith("raised"):
+            message = "".join("#" if c.isdigit() else c for c in difference.detail)
+            what += f" {message[:60].splitlines()[0]!r}" if message else ""
+        where[f"{what} | {case.function}{about}"].append(difference)
+    kinds = {}
+    for kind, differences_ in where.items():
+        labels = list(dict.fromkeys(d.choice for d in differences_))
+        on = "all" if len(labels) >= choices else ", ".join(labels)
+        note = getattr(case, "note", "").splitlines()
+        detail = differences_[0].detail
+        kinds[f"{kind} | {on}"] = f"{note[0] if note and not about else ''} {detail}".strip()
+    return kinds
 
 
 def child(arguments: argparse.Namespace, choices: list[_backend.Choice]) -> int:
@@ -1720,7 +1756,10 @@ def child(arguments: argparse.Namespace, choices: list[_backend.Choice]) -> int:
                 signal.alarm(SECONDS)
             try:
                 case, found = differences(arguments.seed, number, choices)
-                facts = [(kind_of(case, d), d.detail) for d in found]
+                number_of = len(
+                    suited(choices, getattr(case, "dtype", ""), getattr(case, "wide", False))
+                )
+                facts = list(by_kind(case, found, number_of).items())
             except Exception as error:  # of the fuzz itself
                 trace = error.__traceback__
                 while trace is not None and trace.tb_next is not None:
@@ -1811,7 +1850,7 @@ def run_one(arguments: argparse.Namespace, choices: list[_backend.Choice]) -> in
     if isinstance(case, CacheWalk):  # its steps are drawn as it goes
         print(case.describe(), flush=True)
     for difference in found:
-        print(f"{kind_of(case, difference)}: {difference.detail}")
+        print(f"{difference.what} | {difference.choice}: {difference.detail}")
     print("no difference" if not found else f"{len(found)} differences")
     return 1 if found else 0
 
