@@ -1492,14 +1492,17 @@ def wrong_tensors(draw: Draw, case: Case, names: Sequence[str]) -> Options:
             None, x.tolist(), np.zeros(x.shape, int), x.astype("c8"), x.astype(object),
             x.astype("g"), np.ma.array(x), x[..., :0], x.ravel(), x.reshape(-1)[:1].reshape(()),
             np.zeros(x.shape, "i1"), np.zeros(x.shape, "M8[s]"), "x", 1.0,
-            np.concatenate([x] * 2), np.zeros(x.shape, [("a", "f4")]), np.zeros(x.shape, "U3"),
+            np.concatenate([x] * 2, -1), np.zeros(x.shape, [("a", "f4")]), np.zeros(x.shape, "U3"),
         ]  # fmt: skip
         if not name.endswith("_pages"):
             if case.function != "paged_attention":  # whose query may be of any dtype
                 choices.append(x.astype(other))
-            choices.append(np.concatenate([x] * 7)[: 5 * len(x) + 2])
+            if len(x) > 1:  # one batch entry broadcasts
+                choices.append(np.concatenate([x] * 7)[: 5 * len(x) + 2])
         if name in ("value", "value_pages"):
-            choices[7:8] = [np.concatenate([x, x], -2)]  # any head size is right
+            any_head_size = (7, 14)
+            for index in any_head_size:
+                choices[index] = np.concatenate([x, x], -2)
         wrong[name] = draw.pick(choices)
     return wrong
 
@@ -1792,6 +1795,9 @@ def run_chunk(
             for line in done.stdout.splitlines():
                 number, kind, detail = json.loads(line)
                 yield number, kind, detail
+            for line in dict.fromkeys(done.stderr.splitlines()):
+                if "runtime error:" in line:  # UBSan went on
+                    yield begin, f"in this chunk:{crash_site(line)}", excerpt(done.stderr, line)
             if done.returncode == 0:
                 return
             number = int(progress.read_text())
@@ -1801,17 +1807,27 @@ def run_chunk(
             code = -done.returncode
             name = signal.Signals(code).name if code > 0 else f"exit status {done.returncode}"
             name = "hang" if name == "SIGALRM" else name
-            yield number, f"crash: {name}{crash_site(done.stderr)}", done.stderr[-6000:]
+            function = make(arguments.seed, number).function
+            kind = f"crash: {name}{crash_site(done.stderr)} | {function}"
+            yield number, kind, excerpt(done.stderr)
             begin = number + 1
 
 
 def crash_site(text: str) -> str:
     """Return the line of a sanitizer's report that says what it was, without addresses."""
-    for line in text.splitlines():
-        if "runtime error:" in line or "ERROR: AddressSanitizer" in line:
-            line = line.split(" on address")[0].split("==ERROR: ")[-1]
-            return " " + line.split("0x")[0][:140]
+    lines = text.splitlines()
+    fatal = [line for line in lines if "ERROR: AddressSanitizer" in line]
+    for line in fatal or [line for line in lines if "runtime error:" in line][-1:]:
+        line = line.split(" on address")[0].split("==ERROR: ")[-1]
+        return " " + line.split(" 0x")[0][:140]
     return ""
+
+
+def excerpt(text: str, mark: str = "ERROR: AddressSanitizer", count: int = 12) -> str:
+    """Return some lines from the one with this mark on, or the last ones."""
+    lines = text.splitlines()
+    begin = next((i for i, line in enumerate(lines) if mark in line), max(0, len(lines) - count))
+    return "\n        ".join(line[:160] for line in lines[begin : begin + count])
 
 
 def run_all(arguments: argparse.Namespace) -> int:

@@ -9,8 +9,8 @@
 # The tree is copied to FOLDER and built there (gcc, some minutes); a FOLDER that has a built engine
 # is used again as it is, so remove it when sources have changed. PYTHON names the interpreter.
 # Undefined behaviour ends the process, and so does a bad access: the fuzz reports either with the
-# number of its case and goes on in a new process. With KEEP_GOING=1, UBSan prints each place once
-# to FOLDER/reports.* and carries on.
+# number of its case and goes on in a new process. With KEEP_GOING=1, undefined behaviour is reported
+# once for each place and 1000 cases, and the process carries on.
 set -eu
 
 python=${PYTHON:-python}
@@ -36,7 +36,7 @@ fi
 echo "sanitized tree: $folder"
 libraries="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 halt="halt_on_error=1"
-[ -z "${KEEP_GOING:-}" ] || halt="halt_on_error=0:log_path=$folder/reports"
+[ -z "${KEEP_GOING:-}" ] || halt="halt_on_error=0"
 # PYTHONMALLOC: each array's memory is one that AddressSanitizer watches.
 cd "$folder"
 LD_PRELOAD="$libraries" \
