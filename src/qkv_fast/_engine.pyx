@@ -1409,7 +1409,7 @@ cdef int active_calls = 0       # changed with the GIL held only
 cdef void run_pool_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
     cdef const Job *job = <const Job *>context
     cdef double begin
-    if thread == 0:
+    if thread == 0 and task > 0:
         look_for_signals(job.tiles.interrupt)
     if job.tiles.interrupt.stop:
         return
@@ -1931,9 +1931,12 @@ def run(problem, str tiles, str isa, double few_share=0, double few_share_conver
     if job.few_most > 0:
         prepare(&job.few, problem, few, True, &job.interrupt)
     cdef double work
-    with nogil:
+    if job.batches < BATCHES_PER_LOOK:      # too short to let go of the GIL for it
         work = place_tasks(&job, &totals)
-    raise_pending(&job.interrupt)
+    else:
+        with nogil:
+            work = place_tasks(&job, &totals)
+        raise_pending(&job.interrupt)
     # Keys and values that must be converted, packed or looked at once for several tiles, or fetched
     # from far.
     if (not call.key.direct or not call.value.direct or kernels.pack_values != NULL
