@@ -1,13 +1,35 @@
-"""Scaled dot-product attention on CPUs, for NumPy arrays."""
+"""Scaled dot-product attention on CPUs, for NumPy arrays and what NumPy can view.
 
+The main function, and its call:
+
+    scaled_dot_product_attention(query, key, value, is_causal=True)
+        softmax(query @ key.T * scale + bias) @ value for every head; the names are torch's.
+
+The others, by task:
+
+    sequences of different lengths
+        varlen_attention     packed one after another, without padding
+        paged_attention      keys and values spread over pages
+    a decoder's keys and values, token by token
+        KVCache              stores them, grows, forks and truncates them, and attends to them
+    keys in several parts
+        merge_attention      combines the results over the parts into that over all keys
+    settings
+        threads, set_num_threads, get_num_threads      how many threads a call may use
+        backend              which engine and instruction set compute
+        show_config          what is installed and in force, for a bug report
+
+``help`` of each name has its parameters and an example.
+"""
+
+from ._attention import scaled_dot_product_attention
 from ._backend import backend
 from ._config import show_config
+from ._kv_cache import KVCache
+from ._merge import merge_attention
+from ._paged import paged_attention
 from ._threads import get_num_threads, set_num_threads, threads
-from .attention import scaled_dot_product_attention
-from .cache import KVCache
-from .merge import merge_attention
-from .paged import paged_attention
-from .varlen import varlen_attention
+from ._varlen import varlen_attention
 
 __version__ = "0.1.0"
 
@@ -23,3 +45,6 @@ __all__ = [
     "threads",
     "varlen_attention",
 ]
+
+for _name in __all__:  # help, reprs and pickles then name the package, not a private module
+    globals()[_name].__module__ = __name__

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._attention import solve
 from ._backend import announce
 from ._problem import normalize_paged
-from .attention import solve
 
 if TYPE_CHECKING:
     import numpy.typing as npt

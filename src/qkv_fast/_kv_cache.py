@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._attention import solve
 from ._backend import announce
 from ._problem import (
     BFLOAT16,
@@ -22,7 +23,6 @@ from ._problem import (
     normalize_cached,
 )
 from ._reference import bfloat16_bits, reals
-from .attention import solve
 
 if TYPE_CHECKING:
     import numpy.typing as npt
