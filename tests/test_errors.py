@@ -45,6 +45,31 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "uint16, float32 and float32", {"query": Q.astype("u2")}),
     (ValueError, "dtype is 'float32': it must be 'bfloat16'", {"dtype": "float32"}),
     (ValueError, "dtype is 3: it must be 'bfloat16'", {"dtype": 3}),
+    (ValueError, "dtype is an array of float32 of shape", {"dtype": Q}),
+    (
+        TypeError,
+        "uint16, uint16 and uint16.*; dtype='bfloat16' says",
+        {"query": Q.astype("u2"), "key": KV.astype("u2"), "value": KV.astype("u2")},
+    ),
+    (
+        TypeError,
+        "attn_mask has dtype uint16.*dtype='bfloat16' says",
+        {"attn_mask": np.ones((5, 7), "u2")},
+    ),
+    (
+        ValueError,
+        r"attn_mask has shape \(2, 7\).*as mask\[:, None, None\]$",
+        {"attn_mask": np.ones((2, 7), bool)},
+    ),
+    (
+        ValueError,
+        r"attn_mask has shape \(3, 7\).* = \(2, 4, 5, 7\)$",
+        {"attn_mask": np.ones((3, 7), bool)},
+    ),
+    (ValueError, r"scale is 1000+\.\.\.: it must not exceed", {"scale": 10**400}),
+    (ValueError, "scale is an int too large to print", {"scale": 10**5000}),
+    (ValueError, "softcap is 1000", {"softcap": 10**400}),
+    (ValueError, "dropout_p is 1000", {"dropout_p": 10**400}),
     (ValueError, "inference", {"dropout_p": 0.1}),
     (TypeError, "dropout_p must be a real number", {"dropout_p": None}),
     (TypeError, "is_causal must be a bool, not str", {"is_causal": "no"}),
@@ -54,13 +79,19 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "key_lengths is a MaskedArray", {"key_lengths": np.ma.array([1, 2])}),
     (ValueError, "alibi_slopes .* rows differ in length", {"alibi_slopes": [[1.0], [1.0, 2.0]]}),
     (ValueError, "query_offset holds 1180591620717411303424", {"query_offset": 2**70}),
+    (ValueError, "query_offset holds 9223372036854775808", {"query_offset": [2**63, -1]}),
+    (ValueError, "query_offset holds an int too large", {"query_offset": [10**5000, 0]}),
+    (ValueError, r"query_offset is \[\[1\], \[1, 2\]\]: its rows", {"query_offset": [[1], [1, 2]]}),
+    (ValueError, r"key_lengths is \[1, \[2\]\]: its rows differ", {"key_lengths": [1, [2]]}),
     (TypeError, "scale must be a real number, not str", {"scale": "1"}),
     (TypeError, "scale must be a real number, not complex", {"scale": 1j}),
-    (TypeError, "query_offset must be an int", {"query_offset": 1.5}),
-    (TypeError, "query_offset must be an int", {"query_offset": True}),
+    (TypeError, "query_offset must be an int, or ints", {"query_offset": 1.5}),
+    (TypeError, "query_offset must be an int, or ints", {"query_offset": True}),
     (ValueError, "query_offset holds", {"query_offset": 2**62}),
     (ValueError, r"query_offset has shape \(3,\)", {"query_offset": [1, 2, 3]}),
     (TypeError, "window is 3", {"window": 3}),
+    (TypeError, "window's left side is 'a'", {"window": "ab"}),
+    (TypeError, "window is 'abc'", {"window": "abc"}),
     (TypeError, "window's left side", {"window": (1.5, 0)}),
     (ValueError, "flash-attn writes as -1", {"window": (-1, -1)}),
     (ValueError, "softcap", {"softcap": 0}),
@@ -73,7 +104,7 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "sinks has dtype", {"sinks": ["a"] * 4}),
     (ValueError, "key_lengths holds 8: it must be between 0 and 7", {"key_lengths": 8}),
     (ValueError, "key_lengths holds -1", {"key_lengths": [3, -1]}),
-    (TypeError, "key_lengths must be an int", {"key_lengths": [1.0, 2.0]}),
+    (TypeError, "key_lengths must be an int, or ints", {"key_lengths": [1.0, 2.0]}),
     (ValueError, "key_lengths holds", {"key_lengths": np.array([2**64 - 1, 1], np.uint64)}),
     (TypeError, "num_threads", {"num_threads": 1.0}),
     (TypeError, "num_threads", {"num_threads": True}),
@@ -93,6 +124,31 @@ def test_refusals(engine, error, message, arguments):
     with pytest.raises(error, match=message):
         sdpa(**given)
     np.testing.assert_array_equal(out, before)
+
+
+class Broken:
+    """An array of another library whose export fails in its own way."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise self.error
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+@pytest.mark.parametrize("error", [AttributeError("no"), OSError("no"), KeyError("no")])
+def test_an_export_that_fails_is_told_of_by_name(error):
+    for name in ("query", "key", "value", "attn_mask"):
+        with pytest.raises(TypeError, match=f"{name} is a Broken that NumPy can't view") as caught:
+            sdpa(**({"query": Q, "key": KV, "value": KV} | {name: Broken(error)}))
+        assert caught.value.__cause__ is error
+
+
+def test_a_window_may_be_as_wide_as_one_likes(engine):
+    np.testing.assert_array_equal(sdpa(Q, KV, KV, window=(2**70, 2**70)), sdpa(Q, KV, KV))
 
 
 def test_unknown_words_are_refused():

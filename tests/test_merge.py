@@ -84,9 +84,12 @@ def test_bit_patterns_and_foreign_byte_order(rng):
 OUT, LSE = np.zeros((2, 3, 4), np.float32), np.zeros((2, 3), np.float32)
 
 
-def test_the_dtype_is_bfloat16_or_none():
-    with pytest.raises(ValueError, match="dtype is 'float32': it must be 'bfloat16'"):
-        merge_attention([OUT], [LSE], dtype="float32")
+@pytest.mark.parametrize(
+    ("dtype", "shown"), [("float32", "'float32'"), (3, "3"), (OUT, "an array of float32")]
+)
+def test_the_dtype_is_bfloat16_or_none(dtype, shown):
+    with pytest.raises(ValueError, match=f"dtype is {shown}.*: it must be 'bfloat16'"):
+        merge_attention([OUT], [LSE], dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,15 @@ def test_the_dtype_is_bfloat16_or_none():
         (ValueError, r"outputs\[1\] has shape \(2, 2, 4\)", [OUT, OUT[:, :2]], [LSE, LSE]),
         (ValueError, r"lses\[0\] has shape \(2, 2\)", [OUT], [LSE[:, :2]]),
         (TypeError, r"outputs\[0\] is a list", [[1.0]], [LSE]),
+        (TypeError, "outputs is a NoneType: it must be a sequence", None, None),
+        (TypeError, "lses is a float: it must be a sequence", [OUT], 1.0),
+        (
+            ValueError,
+            r"outputs\[0\] has shape \(\): it must have at least one axis",
+            [np.float32(1)],
+            [np.float32(1)],
+        ),
+        (TypeError, "uint16.*dtype='bfloat16' says", [OUT.astype("u2")], [LSE]),
     ],
 )
 def test_what_does_not_fit_is_refused(error, message, outputs, lses):

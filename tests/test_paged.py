@@ -241,6 +241,16 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "attn_mask has shape", {"attn_mask": np.ones((1, 8), bool)}),
     (ValueError, "out has shape", {"out": Q[:1].copy()}),
     (ValueError, "dtype is 'float32'", {"dtype": "float32"}),
+    (ValueError, "dtype is 3", {"dtype": 3}),
+    (ValueError, "dtype is an array of float32", {"dtype": Q}),
+    (TypeError, "query has dtype uint16.*dtype='bfloat16' says", {"query": Q.astype("u2")}),
+    (TypeError, "key_pages has dtype uint16.*dtype='bfloat16' says",
+     {"key_pages": PAGES.astype("u2")}),
+    (ValueError, r"block_table is \[\[0\], \[1, 2\]\]: its rows", {"block_table": [[0], [1, 2]]}),
+    (ValueError, "block_table is an array of object", {"block_table": [[0, 2**70], [1, 2]]}),
+    (ValueError, r"key_lengths is \[\[1\], 2\]: its rows", {"key_lengths": [[1], 2]}),
+    (ValueError, r"attn_mask has shape \(2, 6\).*as mask\[:, None, None\]$",
+     {"attn_mask": np.ones((2, 6), bool)}),
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Any = ...,
     sinks: Any = ...,
     key_lengths: int | Sequence[int] | Array | None = ...,
-    out: Array | None = ...,
+    out: Any = ...,
     return_lse: Literal[False] = ...,
     num_threads: int | None = ...,
     dtype: Any = ...,
@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Any = ...,
     sinks: Any = ...,
     key_lengths: int | Sequence[int] | Array | None = ...,
-    out: Array | None = ...,
+    out: Any = ...,
     return_lse: Literal[True],
     num_threads: int | None = ...,
     dtype: Any = ...,
@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Any = None,
     sinks: Any = None,
     key_lengths: int | Sequence[int] | Array | None = None,
-    out: Array | None = None,
+    out: Any = None,
     return_lse: bool = False,
     num_threads: int | None = None,
     dtype: Any = None,
@@ -93,9 +93,10 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : array, shape (..., Hq, Lq, D)
-        float32, float64, float16 or bfloat16 (``ml_dtypes``). Two axes (Lq, D) mean one head. Any
-        strides, alignment and byte order. Besides ndarrays, anything that NumPy can view
-        without a copy: the buffer protocol, ``__array_interface__``, DLPack.
+        float32, float64, float16 or bfloat16 (of ``ml_dtypes`` or torch). Two axes (Lq, D) mean one
+        head. Any strides, alignment and byte order. Besides ndarrays, CPU tensors of torch, and
+        anything that NumPy can view without a copy: the buffer protocol, ``__array_interface__``,
+        DLPack. A tensor must not require grad, unless under ``torch.no_grad()``.
     key : array, shape (..., Hkv, Lk, D)
         Of query's dtype. Batch axes (``...``) broadcast, without copies.
     value : array, shape (..., Hkv, Lk, Dv)
@@ -127,22 +128,23 @@ def scaled_dot_product_attention(
         Logits, neither scaled nor capped, that join the softmax's denominator only.
     key_lengths : int or ints, shape broadcastable to (...), optional
         Keys from there on are never read, whatever they hold.
-    out : ndarray, shape (..., Hq, Lq, Dv), optional
-        Where the result goes. It may be `query` itself or overlap any input: the answer is as
-        if it did not.
+    out : ndarray or tensor, shape (..., Hq, Lq, Dv), optional
+        Where the result goes, and what is returned. It may be `query` itself or overlap any input:
+        the answer is as if it did not.
     return_lse : bool
         Also return the log-sum-exp of the scores.
     num_threads : int, optional
         Threads of this call; see `get_num_threads` for the default.
     dtype : "bfloat16", optional
         Take uint16 arrays as the bit patterns of bfloat16, which NumPy has no type for, and return
-        such an array: for those who do without ``ml_dtypes``.
+        such an array: for those who do without ``ml_dtypes``. Tensors need no such word.
 
     Returns
     -------
     result : ndarray, shape (..., Hq, Lq, Dv)
         `out`, or a new array of query's dtype in native byte order, laid out in memory like query
-        (order 'K').
+        (order 'K'). For a bfloat16 tensor it holds the bit patterns, in uint16:
+        ``torch.from_numpy(result).view(torch.bfloat16)`` is their tensor, without a copy.
     lse : ndarray, shape (..., Hq, Lq)
         With `return_lse`: the natural log-sum-exp of each row's modified scores over the keys that
         it may attend to, without the sink. float32, or float64 for float64.
@@ -150,7 +152,8 @@ def scaled_dot_product_attention(
     Raises
     ------
     TypeError
-        Dtypes that differ or are none of the four, or an argument of the wrong kind.
+        Dtypes that differ or are none of the four, or an argument of the wrong kind, such as a
+        tensor that is not on the CPU.
     ValueError
         Shapes that don't fit, an argument out of range, a read-only `out`. Nothing is written
         then.
@@ -160,8 +163,14 @@ def scaled_dot_product_attention(
     The order is: score = q·k * scale; softcap; ALiBi and floating mask; exclusion (boolean mask,
     -inf, causal, window, key_lengths); softmax with sinks. A row that may attend to no key gives
     zeros, and -inf as its lse. An excluded key has no influence, even if it holds NaN.
-    Sums are in float32, in float64 for float64. A row's result depends on its own inputs only:
-    not on the number of threads, nor on the rest of the batch.
+    Sums are in float32, in float64 for float64.
+
+    A row's result depends on its own inputs, and on how many rows its KV group has; not on the
+    number of threads, nor on the rest of the batch. With ``tiles="blas"`` (see `backend`) threads
+    and batch change nothing either, but a row's last bits may depend on its place among the
+    queries.
+
+    A call that is interrupted (KeyboardInterrupt) leaves `out` undefined.
 
     The maths is equation 1 of Vaswani et al., *Attention Is All You Need* (2017), by the online
     softmax of Milakov and Gimelshein (2018) in blocks as in Dao et al., *FlashAttention* (2022);
@@ -200,8 +209,10 @@ def scaled_dot_product_attention(
 def solve(problem: Problem) -> Array | tuple[Array, Array]:
     """Compute a problem with the engine in force; return what the caller gets."""
     dispatch(problem)
-    if problem.temporary is not None:
-        np.copyto(problem.result, problem.temporary)
+    result: Array = problem.result
+    if problem.target is not None:
+        assert problem.temporary is not None
+        np.copyto(problem.target, problem.temporary)
     if problem.lse_result is not None:
-        return problem.result, problem.lse_result
-    return problem.result
+        return result, problem.lse_result
+    return result

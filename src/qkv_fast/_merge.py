@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._problem import BFLOAT16, FLOAT64, SWAPPED, as_array, code_of, wants_bits
+from ._arrays import as_array, named
+from ._problem import (
+    BFLOAT16,
+    FLOAT64,
+    SWAPPED,
+    code_of,
+    result_dtype,
+    uint16_hint,
+    wants_bits,
+)
 from ._reference import bfloat16_bits, reals
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ def merge_attention(
     ----------
     outputs : sequence of arrays, each of shape (..., Lq, Dv)
         Results of `scaled_dot_product_attention` for the same queries over different keys; float32,
-        float64, float16 or bfloat16, all of one dtype and shape.
+        float64, float16 or bfloat16, all of one dtype and shape; CPU tensors of torch too.
     lses : sequence of arrays, each of shape (..., Lq)
         What it returned with ``return_lse=True``. -inf is an empty part: its output has no
         influence.
@@ -35,7 +44,8 @@ def merge_attention(
     Returns
     -------
     result : ndarray, shape (..., Lq, Dv)
-        Of the outputs' dtype, in native byte order. Zeros where all parts are empty.
+        Of the outputs' dtype, in native byte order; for bfloat16 tensors, bit patterns in uint16.
+        Zeros where all parts are empty.
     lse : ndarray, shape (..., Lq)
         The log-sum-exp over all keys; float32, or float64 for float64.
 
@@ -66,8 +76,7 @@ def merge_attention(
     >>> bool(np.allclose(merged, sdpa(q, k, v)))
     True
     """
-    outputs = [as_array(f"outputs[{i}]", x) for i, x in enumerate(outputs)]
-    lses = [as_array(f"lses[{i}]", x) for i, x in enumerate(lses)]
+    outputs, lses = _arrays("outputs", outputs), _arrays("lses", lses)
     raw = wants_bits(dtype)
     code = _check(outputs, lses, raw)
     real = np.float64 if code == FLOAT64 else np.float32
@@ -85,10 +94,20 @@ def merge_attention(
             acc += np.where(weight[..., np.newaxis] == 0, 0, weight[..., np.newaxis] * part)
         result = np.where(total[..., np.newaxis] == 0, 0, acc / total[..., np.newaxis])
         lse = (base + np.log(total)).astype(real)
-    native = outputs[0].dtype.newbyteorder("=")
+    dtype_out = result_dtype(outputs[0].dtype)
     if code == BFLOAT16:
-        return bfloat16_bits(result).view(native), lse
-    return result.astype(native), lse
+        return bfloat16_bits(result).view(dtype_out), lse
+    return result.astype(dtype_out), lse
+
+
+def _arrays(name: str, given: Any) -> list[Array]:
+    try:
+        parts = list(given)
+    except TypeError:
+        raise TypeError(
+            f"{name} is a {type(given).__name__}: it must be a sequence of arrays"
+        ) from None
+    return [as_array(f"{name}[{i}]", part) for i, part in enumerate(parts)]
 
 
 def _check(outputs: list[Array], lses: list[Array], raw: bool) -> int:
@@ -101,16 +120,23 @@ def _check(outputs: list[Array], lses: list[Array], raw: bool) -> int:
     code = code_of(outputs[0].dtype, raw)
     if code < 0:
         raise TypeError(
-            f"outputs[0] has dtype {outputs[0].dtype}: it must be float32, float64, float16 or "
-            "bfloat16"
+            f"outputs[0] has dtype {named(outputs[0].dtype)}: it must be float32, float64, float16 "
+            f"or bfloat16{uint16_hint(outputs[0].dtype)}"
         )
     for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
         if code_of(output.dtype, raw) & ~SWAPPED != code & ~SWAPPED:
             raise TypeError(
-                f"outputs[{i}] has dtype {output.dtype}, but outputs[0] has {outputs[0].dtype}"
+                f"outputs[{i}] has dtype {named(output.dtype)}, but outputs[0] has "
+                f"{named(outputs[0].dtype)}"
             )
         if lse.dtype.kind != "f":
-            raise TypeError(f"lses[{i}] has dtype {lse.dtype}: it must be floating")
+            raise TypeError(
+                f"lses[{i}] has dtype {named(lse.dtype)}: it must be float16, float32 or float64"
+            )
+        if output.ndim == 0:
+            raise ValueError(
+                f"outputs[{i}] has shape (): it must have at least one axis, (..., Lq, Dv)"
+            )
         if output.shape != outputs[0].shape:
             raise ValueError(
                 f"outputs[{i}] has shape {output.shape}, but outputs[0] has {outputs[0].shape}"

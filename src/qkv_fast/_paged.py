@@ -33,7 +33,7 @@ def paged_attention(
     sinks: Any = None,
     key_scales: Any = None,
     value_scales: Any = None,
-    out: Array | None = None,
+    out: Any = None,
     return_lse: bool = False,
     num_threads: int | None = None,
     dtype: Any = None,
@@ -43,7 +43,8 @@ def paged_attention(
     Parameters
     ----------
     query : array, shape (batch, Hq, Lq, D)
-        float32, float64, float16 or bfloat16.
+        float32, float64, float16 or bfloat16. Any of the arrays may be a CPU tensor of torch, as
+        in `scaled_dot_product_attention`.
     key_pages : array, shape (pages, Hkv, page_size, D)
         Any of these dtypes, whatever query's is, or int8. With any strides: for storage of shape
         (pages, page_size, Hkv, D) pass ``storage.swapaxes(1, 2)``.
@@ -69,8 +70,9 @@ def paged_attention(
         As in `scaled_dot_product_attention`.
     key_scales, value_scales : array of float32, shape (pages, Hkv, page_size)
         With int8 pages, and only with them: an int8 row stands for itself times its scale.
-    out : ndarray, shape (batch, Hq, Lq, Dv), optional
-        Where the result goes. It may be `query` itself or overlap any input.
+    out : ndarray or tensor, shape (batch, Hq, Lq, Dv), optional
+        Where the result goes, and what is returned. It may be `query` itself or overlap any input.
+        A call that is interrupted (KeyboardInterrupt) leaves it undefined.
     return_lse : bool
         Also return the log-sum-exp of the scores.
     num_threads : int, optional
@@ -82,7 +84,8 @@ def paged_attention(
     Returns
     -------
     result : ndarray, shape (batch, Hq, Lq, Dv)
-        `out`, or a new array of query's dtype in native byte order.
+        `out`, or a new array of query's dtype in native byte order; for a bfloat16 tensor, its bit
+        patterns in uint16.
     lse : ndarray, shape (batch, Hq, Lq)
         With `return_lse`: natural log-sum-exp; float32, or float64 where any input is.
 

@@ -10,11 +10,22 @@ import operator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from . import _threads
-
-Array = npt.NDArray[Any]
+from ._arrays import (
+    UINT16,
+    Array,
+    as_array,
+    dtype_name,
+    holds_integers,
+    integers,
+    is_bits,
+    is_tensor,
+    named,
+    plain,
+    shown,
+    widened,
+)
 
 UNBOUNDED = 1 << 62  # of a window's side
 _MAX_OFFSET = 1 << 61
@@ -27,7 +38,6 @@ _CODES = {
     np.dtype(np.float64).num: FLOAT64,
     np.dtype(np.float16).num: FLOAT16,
 }
-_UINT16 = np.dtype(np.uint16).num
 _ACCEPTED = "float32, float64, float16 or bfloat16"
 
 
@@ -69,10 +79,11 @@ class Problem:
     alibi_slopes : ndarray of float64, (*batch, Hq), or None
     sinks : ndarray of float64, (Hq,), or None
     num_threads : int
-    result, lse_result : ndarray
+    result, lse_result : ndarray, or for result also the tensor that was given as `out`
         What the caller gets: the memory of out and lse, in the layout of the caller's query.
-    temporary : ndarray or None
-        What is copied to `result` in the end, when the engine can't write there.
+    temporary, target : ndarray or None
+        When the engine can't write to the memory of `result`: what it writes to instead, and
+        that memory, to which it is copied in the end.
     """
 
     __slots__ = (
@@ -103,6 +114,7 @@ class Problem:
         "scale",
         "sinks",
         "softcap",
+        "target",
         "temporary",
         "value",
         "value_code",
@@ -131,11 +143,12 @@ class Problem:
     query_lengths: Array | None
     query_offset: Array | None
     query_starts: Array | None
-    result: Array
+    result: Any
     right: int
     scale: float
     sinks: Array | None
     softcap: float
+    target: Array | None
     temporary: Array | None
     value: Array
     value_code: int
@@ -181,12 +194,13 @@ def normalize(
     if not raw:
         code = _CODES.get(dtype_out.num, -1)
     else:
-        code = BFLOAT16 if dtype == "bfloat16" and dtype_out.num == _UINT16 else -1
+        known = type(dtype) is str and dtype == "bfloat16" and dtype_out is UINT16
+        code = BFLOAT16 if known else -1
     p.query_code = p.key_code = p.value_code = p.out_code = p.code = code
     if (code < 0 or key.dtype is not dtype_out or value.dtype is not dtype_out
             or not dtype_out.isnative):  # fmt: skip
         _set_codes(p, query, key, value, dtype)
-        dtype_out = dtype_out.newbyteorder("=")
+        dtype_out = result_dtype(dtype_out)
 
     axes = query.ndim
     batch = query.shape[:-3]
@@ -295,8 +309,8 @@ def normalize_varlen(
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
     )
     wants_lse = _flag("return_lse", return_lse)
-    native = query.dtype.newbyteorder("=")
-    _set_output(p, query, out, (total_q, num_heads, v_dim), native, dtype is not None)
+    dtype_out = result_dtype(query.dtype)
+    _set_output(p, query, out, (total_q, num_heads, v_dim), dtype_out, dtype is not None)
     p.out = _repeat(p.out.transpose(1, 0, 2), *batch)
     p.lse = p.lse_result = None
     if wants_lse:
@@ -347,11 +361,11 @@ def normalize_paged(
         raise ValueError("key_pages has length 0 on axis -2: a page must hold at least one key")
     p.key, p.value = key, value
     query = _check_paged_query(query)
-    table = _plain("block_table", block_table)
-    if table.dtype.kind not in "iu" or table.ndim != 2 or len(table) != len(query):
+    table = plain("block_table", block_table)
+    if not holds_integers(table) or table.ndim != 2 or len(table) != len(query):
         raise ValueError(
-            f"block_table is an array of {table.dtype} of shape {table.shape}: integers of shape "
-            f"(batch, blocks) = ({len(query)}, ...) are needed"
+            f"block_table is an array of {named(table.dtype)} of shape {table.shape}: integers of "
+            f"shape (batch, blocks) = ({len(query)}, ...) are needed"
         )
     p.block_table = np.ascontiguousarray(table, np.int64)
     room = table.shape[1] * key.shape[2]
@@ -433,7 +447,9 @@ def _set_paged_query(
     p.query_code = code_of(dtype, raw)
     p.out_code = out_code = p.query_code & ~SWAPPED
     if p.query_code < 0:
-        raise TypeError(f"query has dtype {dtype}: it must be one of {_ACCEPTED}")
+        raise TypeError(
+            f"query has dtype {named(dtype)}: it must be one of {_ACCEPTED}{uint16_hint(dtype)}"
+        )
     key_code, value_code = p.key_code & ~SWAPPED, p.value_code & ~SWAPPED
     p.code = FLOAT64 if FLOAT64 in (out_code, key_code, value_code) else FLOAT32
     if out_code == key_code == value_code:
@@ -455,7 +471,8 @@ def _set_paged_query(
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
     )
     wants_lse = return_lse is not False and _flag("return_lse", return_lse)
-    _set_output(p, query, out, (*heads_shape, q_len, v_dim), dtype.newbyteorder("="), raw)
+    dtype_out = result_dtype(dtype)
+    _set_output(p, query, out, (*heads_shape, q_len, v_dim), dtype_out, raw)
     p.lse = p.lse_result = None
     if wants_lse:
         p.lse = p.lse_result = np.empty((*heads_shape, q_len), _lse_dtype(p))
@@ -508,18 +525,15 @@ def _set_modifiers(
 
 def _starts(name: str, given: Any, tensor: str, total: int) -> Array:
     """Return cumulative lengths as int64: from 0 to `total`, never falling."""
-    starts = _plain(name, given)
-    if starts.dtype.kind not in "iu" or starts.ndim != 1 or not len(starts):
-        raise TypeError(
-            f"{name} is an array of {starts.dtype} of shape {starts.shape}: integers of shape "
-            "(sequences + 1,) are needed"
-        )
-    starts = starts.astype(np.int64)
-    if starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 0).any():
-        raise ValueError(
-            f"{name} goes from {starts[0]} to {starts[-1]}: it must rise from 0 to the length of "
-            f"{tensor} on axis 0, {total}"
-        )
+    what = "ints of shape (sequences + 1,)"
+    rule = f"it must rise from 0 to the length of {tensor} on axis 0, {total}"
+    starts = integers(name, given, what, 0, total, rule)
+    if starts.ndim != 1 or not len(starts):
+        raise TypeError(f"{name} must be {what}, not of shape {starts.shape}")
+    falls = np.flatnonzero(starts[1:] < starts[:-1])  # differences might wrap
+    if starts[0] != 0 or starts[-1] != total or falls.size:
+        way = f", but falls from {starts[falls[0]]} to {starts[falls[0] + 1]}" if falls.size else ""
+        raise ValueError(f"{name} goes from {starts[0]} to {starts[-1]}{way}: {rule}")
     return starts
 
 
@@ -527,10 +541,13 @@ def _page_code(name: str, pages: Array, scales: Any, raw: bool) -> tuple[int, Ar
     """Return the code of pages and their scales, which go with int8 alone."""
     code = INT8 if pages.dtype == np.int8 else code_of(pages.dtype, raw)
     if code < 0:
-        raise TypeError(f"{name}_pages has dtype {pages.dtype}: it must be {_ACCEPTED} or int8")
+        raise TypeError(
+            f"{name}_pages has dtype {named(pages.dtype)}: it must be {_ACCEPTED} or int8"
+            f"{uint16_hint(pages.dtype)}"
+        )
     if (code == INT8) != (scales is not None):
         raise TypeError(
-            f"{name}_pages has dtype {pages.dtype} and {name}_scales is "
+            f"{name}_pages has dtype {named(pages.dtype)} and {name}_scales is "
             f"{'None' if scales is None else 'given'}: int8 has scales, and nothing else has"
         )
     if scales is None:
@@ -538,8 +555,8 @@ def _page_code(name: str, pages: Array, scales: Any, raw: bool) -> tuple[int, Ar
     array = as_array(f"{name}_scales", scales)
     if array.dtype != np.float32 or not array.dtype.isnative or array.shape != pages.shape[:-1]:
         raise ValueError(
-            f"{name}_scales is an array of {array.dtype} of shape {array.shape}: float32 of shape "
-            f"{pages.shape[:-1]} is needed, a factor for each row"
+            f"{name}_scales is an array of {named(array.dtype)} of shape {array.shape}: float32 of "
+            f"shape {pages.shape[:-1]} is needed, a factor for each row"
         )
     return code, array
 
@@ -578,55 +595,38 @@ def _lse_dtype(p: Problem) -> type[np.floating[Any]]:
     return np.float64 if p.code == FLOAT64 else np.float32
 
 
-def as_array(name: str, given: Any) -> Array:
-    """View what was given as an ndarray, without a copy."""
-    if isinstance(given, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a MaskedArray, whose mask would be lost: pass its data and an attn_mask"
-        )
-    if isinstance(given, np.ndarray):
-        return given.view(np.ndarray)
-    if hasattr(given, "__array_interface__") or hasattr(given, "__buffer__"):
-        return np.asarray(given)
-    if hasattr(given, "__dlpack__"):
-        try:
-            return np.from_dlpack(given)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} is a {type(given).__name__} that NumPy can't view: {error}"
-            ) from error
-    try:
-        return np.asarray(memoryview(given))
-    except TypeError:
-        raise TypeError(
-            f"{name} is a {type(given).__name__}: pass a NumPy array, or an object that NumPy can "
-            "view through the buffer protocol, __array_interface__ or DLPack"
-        ) from None
-
-
 def code_of(dtype: np.dtype[Any], raw: bool = False) -> int:
     """Return the code of an element type, or -1; raw: uint16 holds bfloat16."""
     code = _CODES.get(dtype.num, -1)
-    if code < 0 and raw and dtype.num == _UINT16:
-        code = BFLOAT16
+    if code < 0 and dtype.num == UINT16.num:
+        code = BFLOAT16 if raw or is_bits(dtype) else -1
     elif code < 0 and dtype.itemsize == 2 and dtype.name == "bfloat16":
         code = _CODES[dtype.num] = BFLOAT16  # the number that it got when it was registered
     return code if code < 0 or dtype.isnative else code + SWAPPED
+
+
+def result_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of results: query's in native byte order, plain uint16 for bit patterns."""
+    return UINT16 if dtype.num == UINT16.num else dtype.newbyteorder("=")
 
 
 def wants_bits(dtype: Any) -> bool:
     """Whether an argument `dtype` says that uint16 holds bfloat16."""
     if dtype is None:
         return False
-    try:
-        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    except TypeError:
-        name = ""
-    if name != "bfloat16":
+    if dtype_name(dtype) != "bfloat16":
         raise ValueError(
-            f"dtype is {dtype!r}: it must be 'bfloat16', where uint16 arrays hold that, or None"
+            f"dtype is {shown(dtype)}: it must be 'bfloat16', where uint16 arrays hold that, or "
+            "None"
         )
     return True
+
+
+def uint16_hint(*dtypes: np.dtype[Any]) -> str:
+    """Return the end of a message about dtypes: what uint16 may have been meant to be."""
+    if any(dtype.num == UINT16.num and not is_bits(dtype) for dtype in dtypes):
+        return "; dtype='bfloat16' says that uint16 arrays hold that"
+    return ""
 
 
 def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -> None:
@@ -639,14 +639,19 @@ def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -
     p.out_code = p.code = codes[0] & ~SWAPPED
     if raw and any(code & ~SWAPPED != BFLOAT16 for code in codes):
         raise TypeError(
-            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: with "
-            "dtype='bfloat16' all three must be uint16 arrays of its bit patterns, or bfloat16"
+            f"{_three_dtypes(query, key, value)}: with dtype='bfloat16' all three must be uint16 "
+            "arrays of its bit patterns, or bfloat16"
         )
     if min(codes) < 0 or any(code & ~SWAPPED != p.out_code for code in codes):
         raise TypeError(
-            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}: all "
-            f"three must have the same one of {_ACCEPTED}"
+            f"{_three_dtypes(query, key, value)}: all three must have the same one of {_ACCEPTED}"
+            f"{uint16_hint(query.dtype, key.dtype, value.dtype)}"
         )
+
+
+def _three_dtypes(*tensors: Array) -> str:
+    query, key, value = (named(tensor.dtype) for tensor in tensors)
+    return f"query, key and value have dtypes {query}, {key} and {value}"
 
 
 def _broadcast(
@@ -728,19 +733,24 @@ def _set_mask(p: Problem, given: Any, shape: tuple[int, ...], raw: bool) -> None
     if p.mask_code < 0:
         raise TypeError(
             f"attn_mask has dtype {mask.dtype}: it must be bool (True = may attend) or {_ACCEPTED} "
-            "(added to the scores)"
+            f"(added to the scores){uint16_hint(mask.dtype)}"
         )
-    p.attn_mask = _broadcast_to("attn_mask", mask, shape, "(*batch, Hq, Lq, Lk)")
+    cure = ""
+    if len(shape) == 4 and mask.shape == (shape[0], shape[-1]):
+        cure = "; pass a padding mask of shape (batch, Lk) as mask[:, None, None]"
+    p.attn_mask = _broadcast_to("attn_mask", mask, shape, "(*batch, Hq, Lq, Lk)", cure)
 
 
-def _broadcast_to(name: str, array: Array, shape: tuple[int, ...], meaning: str) -> Array:
+def _broadcast_to(
+    name: str, array: Array, shape: tuple[int, ...], meaning: str, cure: str = ""
+) -> Array:
     if array.shape == shape:
         return array
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(
-            f"{name} has shape {array.shape}: it must broadcast to {meaning} = {shape}"
+            f"{name} has shape {array.shape}: it must broadcast to {meaning} = {shape}{cure}"
         ) from None
 
 
@@ -750,58 +760,56 @@ def _flag(name: str, given: Any) -> bool:
     return bool(given)
 
 
-def _plain(name: str, given: Any) -> Array:
-    """Return an array of what was given, as an array, a number or in lists."""
-    if isinstance(given, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a MaskedArray, whose mask would be lost: pass its data")
-    try:
-        return np.asarray(given)
-    except ValueError:
-        raise ValueError(f"{name} is {given!r}: its rows differ in length") from None
-
-
 def _number(name: str, given: Any) -> float:
     try:
         if isinstance(given, str | bytes | bytearray):
             raise TypeError
         return float(given)
+    except OverflowError:
+        raise ValueError(
+            f"{name} is {shown(given)}: it must not exceed the largest float64, 1.8e308"
+        ) from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, not {type(given).__name__}") from None
 
 
 def _reals(name: str, given: Any) -> Array:
     """Return a float64 array of the real numbers that were given, as an array or in lists."""
-    array = _plain(name, given)
-    if array.dtype.kind not in "fiu" and code_of(array.dtype) != BFLOAT16:
+    array = plain(name, given)
+    if code_of(array.dtype) & ~SWAPPED == BFLOAT16:
+        array = widened(array)
+    elif array.dtype.kind not in "fiu":
         raise TypeError(f"{name} has dtype {array.dtype}: real numbers are needed")
     return array.astype(np.float64)
 
 
 def _per_batch(name: str, given: Any, batch: tuple[int, ...], least: int, most: int) -> Array:
     """Return an int64 array of shape `batch`, its elements between least and most."""
-    if isinstance(given, int) and not least <= given <= most:  # before it may overflow int64
-        raise ValueError(f"{name} holds {given}: it must be between {least} and {most}")
-    array = _plain(name, given)
-    if array.dtype.kind not in "iu" and not (array.size == 0 and isinstance(given, list | tuple)):
-        kind = type(given).__name__ if array.ndim == 0 else f"array of {array.dtype}"
-        raise TypeError(f"{name} must be an int, or ints for each batch entry, not {kind}")
-    if array.size:
-        low, high = int(array.min()), int(array.max())
-        if low < least or high > most:
-            wrong = low if low < least else high
-            raise ValueError(f"{name} holds {wrong}: it must be between {least} and {most}")
-    return _broadcast_to(name, array.astype(np.int64), batch, "the batch axes")
+    array = integers(
+        name,
+        given,
+        "an int, or ints for each batch entry",
+        least,
+        most,
+        f"it must be between {least} and {most}",
+    )
+    return _broadcast_to(name, array, batch, "the batch axes")
 
 
 def _set_window(p: Problem, window: Any) -> None:
+    p.left, right = window_sides(window)
+    p.right = min(p.right, right)
+
+
+def window_sides(window: Any) -> tuple[int, int]:
+    """Return both sides of a window; UNBOUNDED for none, or for one that is as wide."""
     try:
         left, right = window
     except (TypeError, ValueError):
         raise TypeError(
-            f"window is {window!r}: it must be a pair (left, right) of ints or None"
+            f"window is {shown(window)}: it must be a pair (left, right) of ints or None"
         ) from None
-    p.left = _window_side("left", left)
-    p.right = min(p.right, _window_side("right", right))
+    return _window_side("left", left), _window_side("right", right)
 
 
 def _window_side(name: str, given: Any) -> int:
@@ -810,10 +818,12 @@ def _window_side(name: str, given: Any) -> int:
     try:
         side = operator.index(given)
     except TypeError:
-        raise TypeError(f"window's {name} side is {given!r}: it must be an int or None") from None
+        raise TypeError(
+            f"window's {name} side is {shown(given)}: it must be an int or None"
+        ) from None
     if side < 0:
         raise ValueError(
-            f"window's {name} side is {side}: it must be at least 0, or None for no bound "
+            f"window's {name} side is {shown(side)}: it must be at least 0, or None for no bound "
             "(which flash-attn writes as -1)"
         )
     return min(side, UNBOUNDED)
@@ -828,7 +838,7 @@ def _set_output(
     raw: bool,
 ) -> None:
     """Choose where the engine writes and what the caller gets; all of `shape`, as is `p.out`."""
-    p.temporary = None
+    p.temporary = p.target = None
     if out is None:
         if query.flags.c_contiguous or query.ndim != len(shape) or _repeats(query):
             p.out = np.empty(shape, dtype)
@@ -836,16 +846,20 @@ def _set_output(
             p.out = np.empty_like(query, dtype=dtype, shape=shape)
         p.result = p.out
         return
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    p.result = out
+    if type(out) is not np.ndarray:
+        known = is_tensor(out) or isinstance(out, np.ndarray)
+        if not known or isinstance(out, np.ma.MaskedArray):
+            raise TypeError(f"out must be a NumPy array or a tensor, not {type(out).__name__}")
+        out = as_array("out", out, in_place=True)
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}: the result's shape is {shape}")
-    if code_of(out.dtype, raw) & ~SWAPPED != p.out_code:
-        raise TypeError(f"out has dtype {out.dtype}: the result's dtype is {dtype}")
+    if code_of(out.dtype, raw or dtype is UINT16) & ~SWAPPED != p.out_code:
+        wanted = "bfloat16, or uint16 for its bit patterns" if dtype is UINT16 else dtype
+        raise TypeError(f"out has dtype {named(out.dtype)}: the result's dtype is {wanted}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    p.result = out
-    p.out = out = out if type(out) is np.ndarray else out.view(np.ndarray)
+    p.out = out
     inputs = (p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
               p.key_lengths, p.key_scales, p.value_scales, p.block_table, p.query_starts,
               p.query_lengths, p.key_starts)  # fmt: skip
@@ -855,7 +869,8 @@ def _set_output(
         or (not _same_memory(out, query) and _in_the_way(out, query))
         or any([a is not None and _in_the_way(out, a) for a in inputs])
     ):
-        p.out = p.temporary = np.empty(shape, dtype)
+        p.target = out  # of out's dtype: uint16 and bfloat16 differ for NumPy
+        p.out = p.temporary = np.empty(shape, out.dtype.newbyteorder("="))
 
 
 def _repeats(array: Array) -> bool:

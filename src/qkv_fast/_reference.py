@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ._arrays import Array, widened
 from ._problem import BFLOAT16, FLOAT64, SWAPPED, UNBOUNDED, Problem
-
-Array = npt.NDArray[Any]
 
 # Scores held at a time: 2 MiB of float32. Each batch entry goes alone, so that its result does
 # not depend on the others. A block takes fewer heads before it takes fewer rows than BLOCK_ROWS:
@@ -193,11 +192,9 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
 
 
 def reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
-    """Return the array as real numbers; bfloat16 is the upper half of a float32."""
+    """Return the array as real numbers."""
     if code & ~SWAPPED == BFLOAT16:
-        array = (array.view(array.dtype.str.replace("V", "u")).astype(np.uint32) << 16).view(
-            np.float32
-        )
+        array = widened(array)
     return array if real is None else array.astype(real, copy=False)
 
 

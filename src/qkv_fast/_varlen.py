@@ -31,7 +31,7 @@ def varlen_attention(
     alibi_slopes: Any = None,
     sinks: Any = None,
     key_lengths: int | Sequence[int] | Array | None = None,
-    out: Array | None = None,
+    out: Any = None,
     return_lse: bool = False,
     num_threads: int | None = None,
     dtype: Any = None,
@@ -43,7 +43,8 @@ def varlen_attention(
     Parameters
     ----------
     query : array, shape (total_q, Hq, D)
-        The tokens of all sequences, in float32, float64, float16 or bfloat16.
+        The tokens of all sequences, in float32, float64, float16 or bfloat16. Any of the arrays
+        may be a CPU tensor of torch, as in `scaled_dot_product_attention`.
     key : array, shape (total_k, Hkv, D)
         Of query's dtype.
     value : array, shape (total_k, Hkv, Dv)
@@ -70,8 +71,9 @@ def varlen_attention(
         ``-slope * abs(position - j)`` is added to the scores.
     key_lengths : int or ints, shape broadcastable to (sequences,), optional
         Keys of a sequence from there on are never read.
-    out : ndarray, shape (total_q, Hq, Dv), optional
-        Where the result goes. It may be `query` itself or overlap any input.
+    out : ndarray or tensor, shape (total_q, Hq, Dv), optional
+        Where the result goes, and what is returned. It may be `query` itself or overlap any input.
+        A call that is interrupted (KeyboardInterrupt) leaves it undefined.
     return_lse : bool
         Also return the log-sum-exp of the scores.
     num_threads : int, optional
@@ -82,7 +84,8 @@ def varlen_attention(
     Returns
     -------
     result : ndarray, shape (total_q, Hq, Dv)
-        `out`, or a new array of query's dtype in native byte order.
+        `out`, or a new array of query's dtype in native byte order; for a bfloat16 tensor, its bit
+        patterns in uint16.
     lse : ndarray, shape (total_q, Hq)
         With `return_lse`: natural log-sum-exp; float32, or float64 for float64.
 
