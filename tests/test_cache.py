@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import ml_dtypes
@@ -346,17 +348,44 @@ REFUSED: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "key has dtype int64", lambda c: c.append(ONE.astype(int), ONE)),
     (TypeError, "value has dtype int8", lambda c: c.append(ONE, ONE.astype("i1"))),
     (ValueError, "counts holds", lambda c: c.append(ONE, ONE, counts=[2, 0])),
-    (TypeError, "counts is", lambda c: c.append(ONE, ONE, counts=0.5)),
+    (TypeError, "counts must be an int", lambda c: c.append(ONE, ONE, counts=0.5)),
     (ValueError, "counts has shape", lambda c: c.append(ONE, ONE, counts=[0, 1, 0])),
     (ValueError, "none may come twice", lambda c: c.append(ONE, ONE, sequences=[0, 0])),
-    (ValueError, "sequences holds .2.: each must be from 0 to 1", lambda c: c.reset(sequences=2)),
-    (TypeError, "sequences is", lambda c: c.reset(sequences=0.5)),
+    (ValueError, "sequences holds 2: each must be from 0 to 1", lambda c: c.reset(sequences=2)),
+    (TypeError, "sequences must be ints, not a float", lambda c: c.reset(sequences=0.5)),
     (ValueError, "lengths holds .4, 4.", lambda c: c.truncate(4)),
-    (ValueError, "lengths holds .-1", lambda c: c.truncate(-1)),
+    (ValueError, "lengths holds -1", lambda c: c.truncate(-1)),
     (ValueError, "indices has length 1", lambda c: c.reorder([0])),
     (ValueError, "indices holds", lambda c: c.reorder([0, 2])),
     (ValueError, "length is 4, but sequence 0 has 3", lambda c: c.fork(0, 1, 4)),
     (ValueError, "counts holds", lambda c: c.extend(-1)),
+    (ValueError, "counts holds 9223372036854775807", lambda c: c.extend(2**63 - 1)),
+    (ValueError, "sequence 1 has 3 tokens, and 2 more exceed", lambda c: c.extend([1, 2])),
+    (ValueError, "counts holds 18446744073709551615",
+     lambda c: c.extend(np.array([1, 2**64 - 1], np.uint64))),
+    (ValueError, "counts holds 1180591620717411303424", lambda c: c.extend([0, 2**70])),
+    (ValueError, "counts holds 9223372036854775808", lambda c: c.append(ONE, ONE, counts=2**63)),
+    (ValueError, r"counts is \[\[1\], \[1, 2\]\]: its rows", lambda c: c.extend([[1], [1, 2]])),
+    (ValueError, r"sequences is \[0, \[1\]\]: its rows", lambda c: c.reset(sequences=[0, [1]])),
+    (ValueError, "sequences holds 1180591620717411303424", lambda c: c.reset(sequences=2**70)),
+    (ValueError, r"lengths is \[0, \[1\]\]: its rows", lambda c: c.truncate([0, [1]])),
+    (ValueError, "lengths holds 1180591620717411303424", lambda c: c.truncate(2**70)),
+    (ValueError, r"indices is \[0, \[1\]\]: its rows", lambda c: c.reorder([0, [1]])),
+    (ValueError, "source is 2: it must be at most 1", lambda c: c.fork(2, 0)),
+    (ValueError, "target is -1: it must be at least 0", lambda c: c.fork(0, -1)),
+    (TypeError, "source must be an int, not float", lambda c: c.fork(0.5, 0)),
+    (TypeError, "target must be an int, not NoneType", lambda c: c.fork(0, None)),
+    (ValueError, "length is 1180591620717411303424, but", lambda c: c.fork(0, 1, 2**70)),
+    (ValueError, "sequence is 5: it must be at most 1", lambda c: c.views(5)),
+    (ValueError, r"key has shape \(2, 1, 3\), 3 axes: it must have 4, \(sequences, Hkv",
+     lambda c: c.append(ONE[:, :, 0], ONE[:, :, 0])),
+    (ValueError, "value has shape .*, 5 axes", lambda c: c.append(ONE, ONE[None])),
+    (TypeError, "window is 1: it must be a pair", lambda c: c.attend(ONE, window=1)),
+    (TypeError, "window's left side is 'a'", lambda c: c.attend(ONE, window="ab")),
+    (TypeError, "window's left side is 5000.5", lambda c: c.attend(ONE, window=(5000.5, 0))),
+    (ValueError, "window's right side is -1", lambda c: c.attend(ONE, window=(0, -1))),
+    (ValueError, r"as mask\[:, None, None\]$", lambda c: c.attend(ONE.repeat(3, 2),
+                                                                  np.ones((2, 3), bool))),
     (ValueError, "exceed the cache's capacity", lambda c: c.extend(2)),
     (ValueError, "query has shape", lambda c: c.attend(ONE[0])),
     (ValueError, "first axis stands for 2", lambda c: c.attend(np.concatenate([ONE, ONE, ONE]))),
@@ -364,10 +393,10 @@ REFUSED: list[tuple[type[Exception], str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("page_size", [None, 2])
+@pytest.mark.parametrize("options", [{}, {"page_size": 2}, {"page_size": 2, "window": 3}], ids=str)
 @pytest.mark.parametrize(("error", "message", "wrong"), REFUSED)
-def test_refusals_change_nothing(page_size, error, message, wrong):
-    cache = full(page_size=page_size)
+def test_refusals_change_nothing(options, error, message, wrong):
+    cache = full(**options)
     table, free = cache.block_table, cache.free_pages
     with pytest.raises(error, match=message):
         wrong(cache)
@@ -397,11 +426,168 @@ def test_a_pool_that_runs_dry():
         (ValueError, "page_size is 0", {"page_size": 0}),
         (ValueError, "num_pages is 3, but there is no page_size", {"num_pages": 3}),
         (ValueError, "window is -1", {"window": -1}),
+        (TypeError, "window must be an int", {"window": 1.5}),
+        (TypeError, "dtype is None: it must be one of", {"dtype": None}),
+        (TypeError, "dtype is 3: it must be one of", {"dtype": 3}),
+        (TypeError, r"dtype is an array of float32 of shape \(2, 1, 1, 3\)", {"dtype": ONE}),
+        (ValueError, "dtype is <class 'numpy.int64'>: it must be", {"dtype": np.int64}),
+        *[
+            (
+                ValueError,
+                f"{name} is 1180591620717411303424: it must be at most 922337203",
+                {"page_size": 1} | {name: 2**70},
+            )
+            for name in (
+                "batch",
+                "num_kv_heads",
+                "capacity",
+                "head_dim",
+                "v_dim",
+                "page_size",
+                "num_pages",
+            )
+        ],
+        (
+            MemoryError,
+            r"the cache's keys of shape \(1, 1, 4611686018427387904, 3\) need 5.154e\+10 "
+            "GiB",
+            {"capacity": 2**62},
+        ),
+        (MemoryError, "values of shape .* need", {"v_dim": 2**50}),
+        (
+            MemoryError,
+            "the cache's block table of shape",
+            {"capacity": 2**60, "page_size": 1, "num_pages": 1},
+        ),
+        (MemoryError, "keys of shape .* need", {"batch": 2**62, "page_size": 1}),
     ],
 )
 def test_refusals_of_a_new_cache(error, message, options):
     with pytest.raises(error, match=message):
         KVCache(**({"batch": 1, "num_kv_heads": 1, "capacity": 4, "head_dim": 3} | options))
+
+
+def test_a_window_wider_than_everything_is_no_bound(engine, rng):
+    k, v = (normal(rng, (2, HKV, 150, D)) for _ in range(2))
+    q = normal(rng, (2, HKV, 3, D))
+    expected = sdpa(q, k, v)
+    for window in (150, 2**62, 2**63, 2**70):
+        cache = KVCache(2, HKV, 200, D, window=window)
+        for some in (slice(0, 100), slice(100, 103), slice(103, 150)):
+            cache.append(k[:, :, some], v[:, :, some])
+        np.testing.assert_allclose(cache.attend(q), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            cache.attend(q, window=(2**70, None)), expected, rtol=1e-5, atol=1e-6
+        )
+        cache.truncate(20)
+        assert cache.lengths.tolist() == [20, 20]
+
+
+ARRAYS = {"key": "_keys", "value": "_values", "key_scales": "_key_scales",
+          "value_scales": "_value_scales"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ARRAYS))
+@pytest.mark.parametrize("page_size", [None, 2])
+def test_read_only_storage_is_refused_before_any_of_it_is_written(name, page_size):
+    cache = full(dtype="int8", page_size=page_size)
+    if page_size is not None:
+        cache.fork(0, 1)  # shares a begun page
+    else:
+        cache.truncate([3, 2])
+    lengths, table, free = cache.lengths, cache.block_table, cache.free_pages
+    storage = {x: getattr(cache, x).copy() for x in ARRAYS.values()}
+    getattr(cache, ARRAYS[name]).flags.writeable = False
+    steps = [lambda: cache.append(5 * ONE, 5 * ONE)]
+    if page_size is None:
+        steps += [lambda: cache.reorder([1, 0]), lambda: cache.fork(0, 1)]
+    else:
+        steps += [lambda: cache.extend(1)]
+    for step in steps:
+        with pytest.raises(ValueError, match=f"the cache's {name} array is read-only"):
+            step()
+        assert cache.lengths.tolist() == lengths.tolist()
+        assert cache.free_pages == free
+        np.testing.assert_array_equal(cache.block_table, table)
+        for x, before in storage.items():
+            np.testing.assert_array_equal(getattr(cache, x), before)
+    assert cache.attend(ONE).shape == ONE.shape
+    cache.reorder([0, 1])  # which moves nothing
+    cache.reset()
+
+
+def test_bit_patterns_are_not_converted_into_arrays_of_bfloat16():
+    k, v = np.zeros((2, 2, 1, 4, 3), ml_dtypes.bfloat16)
+    cache = KVCache.from_arrays(k, v)
+    cache.append(ONE, 2 * ONE)
+    assert (k[:, :, 0] == 1).all()
+    assert (v[:, :, 0] == 2).all()
+
+
+COPIES: dict[str, Any] = {"copy": copy.copy, "deepcopy": copy.deepcopy,
+                          "pickle": lambda x: pickle.loads(pickle.dumps(x))}  # fmt: skip
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"dtype": "int8", "page_size": 4}, {"page_size": 4, "window": 9}],
+    ids=str,
+)
+def test_copies_are_independent_and_aligned(rng, duplicate, options):
+    cache = KVCache(2, HKV, 30, D, DV, **options)
+    k, v = normal(rng, (2, HKV, 15, D)), normal(rng, (2, HKV, 15, DV))
+    q = normal(rng, (2, HKV, 1, D))
+    for _ in range(5):  # copies whose memory happens to be aligned prove nothing
+        cache.reset()
+        cache.append(k[:, :, :9], v[:, :, :9])
+        if "page_size" in options:
+            cache.fork(0, 1, 7)
+        before, lengths = cache.attend(q), cache.lengths
+        other = duplicate(cache)
+        assert type(other) is KVCache
+        assert repr(other) == repr(cache)
+        for name in ("_keys", "_values", "_key_scales", "_value_scales"):
+            array = getattr(other, name)
+            if array is not None:
+                assert array.ctypes.data % 64 == 0
+                assert array.flags.c_contiguous
+                assert not np.shares_memory(array, getattr(cache, name))
+        np.testing.assert_array_equal(other.attend(q), before)
+        other.append(k[:, :, 9:], v[:, :, 9:])
+        np.testing.assert_array_equal(cache.lengths, lengths)
+        np.testing.assert_array_equal(cache.attend(q), before)
+        cache.append(k[:, :, 9:], v[:, :, 9:])
+        np.testing.assert_array_equal(cache.attend(q), other.attend(q))
+        if "page_size" in options:
+            check_pages(cache)
+            check_pages(other)
+
+
+def test_a_copy_of_borrowed_storage_owns_its_own():
+    k = np.zeros((2, 7, 1, 3), np.float32).swapaxes(1, 2)  # (batch, capacity, Hkv, D) in memory
+    k.flags.writeable = False
+    other = copy.copy(KVCache.from_arrays(k, k))
+    other.append(ONE, ONE)
+    assert not k.any()
+    assert other.key_pages.ctypes.data % 64 == 0
+    assert not np.shares_memory(other.key_pages, other.value_pages)
+
+
+def test_the_repr_shows_sizes_lengths_and_pages():
+    assert repr(full()) == (
+        "<KVCache batch=2, num_kv_heads=1, capacity=4, head_dim=3, dtype=float32, lengths=[3, 3]>"
+    )
+    cache = KVCache(1, 2, 9, 3, 5, dtype="bfloat16", page_size=4, window=6)
+    cache.append(np.ones((1, 2, 5, 3), "f4"), np.ones((1, 2, 5, 5), "f4"))
+    assert repr(cache) == (
+        "<KVCache batch=1, num_kv_heads=2, capacity=9, head_dim=3, v_dim=5, dtype=bfloat16, "
+        "lengths=[5], page_size=4, free_pages=1 of 3, window=6>"
+    )
+    many = repr(KVCache(1000, 1, 1, 1, dtype="int8"))
+    assert "lengths=[0, 0, 0, 0, 0, 0, ...]" in many
+    assert len(many) < 150
+    assert "lengths=[]" in repr(KVCache(0, 1, 1, 1))
 
 
 def test_int8_refuses_what_it_can_not_hold():
@@ -421,7 +607,7 @@ def test_arrays_that_can_not_be_a_cache():
         KVCache.from_arrays(k.astype(">f4"), k.astype(">f4"))
     with pytest.raises(ValueError, match="key_scales must be float32"):
         KVCache.from_arrays(k.astype("i1"), k.astype("i1"))
-    with pytest.raises(ValueError, match="exceed the cache's capacity"):
+    with pytest.raises(ValueError, match="lengths holds 5: each must be from 0"):
         KVCache.from_arrays(k, k, 5)
     k.flags.writeable = False
     cache = KVCache.from_arrays(k, k, 4)

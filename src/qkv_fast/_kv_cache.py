@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ._arrays import Array, as_array, dtype_name, integers, named, shown
 from ._attention import solve
 from ._backend import announce
 from ._problem import (
@@ -18,21 +19,20 @@ from ._problem import (
     FLOAT64,
     INT8,
     SWAPPED,
-    as_array,
+    UNBOUNDED,
     code_of,
     normalize_cached,
+    window_sides,
 )
 from ._reference import bfloat16_bits, reals
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
-    Ints = int | Sequence[int] | Array
+Ints = int | Sequence[int] | Array
 
 _STORED = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
 _CODES = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16,
           "int8": INT8}  # fmt: skip
+_NAMES = {code: name for name, code in _CODES.items()}
+_LARGEST = np.iinfo(np.intp).max
 WINDOW_PAGE = 64  # keys of a page in window mode, unless told
 
 
@@ -51,7 +51,7 @@ class KVCache:
     head_dim : int
         Size of a key; `v_dim`, of a value, is the same unless given.
     v_dim : int, optional
-    dtype : {"float32", "float64", "float16", "bfloat16", "int8"} or dtype
+    dtype : {"float32", "float64", "float16", "bfloat16", "int8"} or dtype of NumPy or torch
         What is stored; what is appended is rounded to it. bfloat16 is stored as uint16. int8 has
         a float32 scale for each token and head, the largest magnitude of its row over 127: an
         element is off by at most 1/254 of that magnitude.
@@ -68,11 +68,15 @@ class KVCache:
     ------
     TypeError, ValueError
         An argument of the wrong kind or out of range.
+    MemoryError
+        Storage that can't be allocated.
 
     Notes
     -----
-    uint16 arrays mean bfloat16 everywhere here. Whatever raises leaves the cache as it was. A cache
-    must not be changed by one thread while another uses it.
+    uint16 arrays mean bfloat16 everywhere here. What comes in may be CPU tensors of torch, as in
+    `scaled_dot_product_attention`. Whatever raises leaves the cache as it was. ``copy.copy``,
+    ``copy.deepcopy`` and pickle give independent caches with storage of their own. A cache must not
+    be changed by one thread while another uses it.
 
     Examples
     --------
@@ -87,6 +91,8 @@ class KVCache:
     >>> cache.append(k[:, :, :1], v[:, :, :1])  # one more token
     >>> cache.attend(q[:, :, :1]).shape, int(cache.lengths[0])
     ((1, 4, 1, 8), 6)
+    >>> cache
+    <KVCache batch=1, num_kv_heads=2, capacity=100, head_dim=8, dtype=float32, lengths=[6]>
     """
 
     def __init__(
@@ -102,11 +108,12 @@ class KVCache:
         num_pages: int | None = None,
         window: int | None = None,
     ) -> None:
-        batch = _size("batch", batch, 0)
-        num_kv_heads, capacity = _size("num_kv_heads", num_kv_heads), _size("capacity", capacity)
-        head_dim = _size("head_dim", head_dim)
-        v_dim = head_dim if v_dim is None else _size("v_dim", v_dim)
-        window = None if window is None else _size("window", window, 0)
+        batch = _size("batch", batch, 0, _LARGEST)
+        num_kv_heads = _size("num_kv_heads", num_kv_heads, 1, _LARGEST)
+        capacity = _size("capacity", capacity, 1, _LARGEST)
+        head_dim = _size("head_dim", head_dim, 1, _LARGEST)
+        v_dim = head_dim if v_dim is None else _size("v_dim", v_dim, 1, _LARGEST)
+        window = None if window is None else min(_size("window", window, 0), UNBOUNDED)
         if page_size is None and window is not None:
             page_size = WINDOW_PAGE
         if page_size is None:
@@ -114,21 +121,24 @@ class KVCache:
                 raise ValueError(f"num_pages is {num_pages}, but there is no page_size")
             self._page_size, pages = capacity, batch
         else:
-            self._page_size = _size("page_size", page_size)
+            self._page_size = _size("page_size", page_size, 1, _LARGEST)
             at_once = capacity if window is None else min(capacity, window + max(window, 512))
             spare = 0 if window is None else 1  # the window may begin anywhere in a page
             blocks = min(-(-at_once // self._page_size) + spare, -(-capacity // self._page_size))
             pages = batch * blocks
             if num_pages is not None:
-                pages = _size("num_pages", num_pages, 0)
-        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+                pages = _size("num_pages", num_pages, 0, _LARGEST)
+        name = dtype_name(dtype)
         if name not in _STORED:
-            raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(_STORED)}")
+            kind = ValueError if name else TypeError
+            raise kind(f"dtype is {shown(dtype)}: it must be one of {', '.join(_STORED)}")
         shape = (pages, num_kv_heads, self._page_size)
-        self._keys = _zeros((*shape, head_dim), _STORED[name])
-        self._values = _zeros((*shape, v_dim), _STORED[name])
-        self._key_scales = np.zeros(shape, np.float32) if name == "int8" else None
-        self._value_scales = np.zeros(shape, np.float32) if name == "int8" else None
+        self._keys = _zeros("keys", (*shape, head_dim), _STORED[name])
+        self._values = _zeros("values", (*shape, v_dim), _STORED[name])
+        self._key_scales = self._value_scales = None
+        if name == "int8":
+            self._key_scales = _zeros("key_scales", shape, "f4")
+            self._value_scales = _zeros("value_scales", shape, "f4")
         self._code = _CODES[name]
         self._set_up(batch, capacity, page_size is None, window)
 
@@ -140,15 +150,49 @@ class KVCache:
     def _set_up(self, batch: int, capacity: int, fixed: bool, window: int | None) -> None:
         """Begin with empty sequences; fixed: sequence i has page i, for good."""
         self._capacity, self._fixed, self._window = capacity, fixed, window
-        self._lengths = np.zeros(batch, np.int64)
+        self._lengths = _zeros("lengths", (batch,), "i8")
         blocks = -(-capacity // self._page_size)
-        self._table = np.full((batch, blocks), -1, np.int64)
+        self._table = _zeros("block table", (batch, blocks), "i8")
+        self._table[...] = -1
         self._uses = np.zeros(len(self._keys), np.int64)  # sequences that have a page
         self._free = list(range(len(self._keys)))[::-1]
         if fixed:
             self._table[:, 0] = np.arange(batch)
             self._uses[:] = 1
             self._free = []
+
+    def __repr__(self) -> str:
+        batch, head_dim, v_dim = len(self._lengths), self._keys.shape[3], self._values.shape[3]
+        facts = [
+            f"batch={batch}",
+            f"num_kv_heads={self._keys.shape[1]}",
+            f"capacity={self._capacity}",
+            f"head_dim={head_dim}",
+        ]
+        if v_dim != head_dim:
+            facts.append(f"v_dim={v_dim}")
+        facts.append(f"dtype={_NAMES[self._code]}")
+        lengths = self._lengths.tolist() if batch <= 8 else self._lengths[:6].tolist()
+        facts.append(f"lengths=[{', '.join(map(str, lengths))}{', ...' if batch > 8 else ''}]")
+        if not self._fixed:
+            facts.append(f"page_size={self._page_size}")
+            facts.append(f"free_pages={self.free_pages} of {self.num_pages}")
+        if self._window is not None:
+            facts.append(f"window={self._window}")
+        return f"<{type(self).__name__} {', '.join(facts)}>"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy of another cache's state: for copy.copy, copy.deepcopy and pickle.
+
+        All memory is new, and aligned as that of any new cache.
+        """
+        self.__dict__.update(state)
+        for name, array in state.items():
+            if isinstance(array, np.ndarray):
+                copied = _zeros(name.lstrip("_"), array.shape, array.dtype)
+                copied[...] = array
+                setattr(self, name, copied)
+        self._free = self._free.copy()
 
     @classmethod
     def from_arrays(
@@ -165,7 +209,8 @@ class KVCache:
         Parameters
         ----------
         key : array, shape (batch, Hkv, capacity, D)
-            Of any dtype that a cache can have (uint16 is bfloat16), any strides; not copied.
+            Of any dtype that a cache can have (uint16 is bfloat16), any strides, or a tensor; not
+            copied.
         value : array, shape (batch, Hkv, capacity, Dv)
             Of key's dtype.
         lengths : int or ints, shape broadcastable to (batch,)
@@ -183,7 +228,8 @@ class KVCache:
         >>> own[0, 0, 0, :3, 0]
         array([1., 1., 0.], dtype=float32)
         """
-        key, value = as_array("key", key), as_array("value", value)
+        key = as_array("key", key, in_place=True)
+        value = as_array("value", value, in_place=True)
         if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3] or not key.size:
             raise ValueError(
                 f"key has shape {key.shape} and value {value.shape}: they must be "
@@ -192,12 +238,12 @@ class KVCache:
         code = _code(key)
         if code != _code(value) or code < 0 or code & SWAPPED:
             raise TypeError(
-                f"key has dtype {key.dtype} and value {value.dtype}: both must be the same one of "
-                f"{', '.join(_STORED)} in native byte order"
+                f"key has dtype {named(key.dtype)} and value {named(value.dtype)}: both must be "
+                f"the same one of {', '.join(_STORED)} in native byte order"
             )
         scales = []
         for name, given in (("key_scales", key_scales), ("value_scales", value_scales)):
-            array = None if given is None else as_array(name, given)
+            array = None if given is None else as_array(name, given, in_place=True)
             if (array is None) == (code == INT8) or (
                 array is not None and (array.shape != key.shape[:3] or array.dtype != np.float32)
             ):
@@ -206,12 +252,17 @@ class KVCache:
                     "otherwise"
                 )
             scales.append(array)
+        capacity = key.shape[2]
+        rule = f"each must be from 0 to the arrays' capacity of {capacity}"
+        number = _counts("lengths", lengths, np.arange(len(key)), capacity, rule)
         cache = cls.__new__(cls)
+        if code == BFLOAT16:  # assigned to ml_dtypes' type, bit patterns would be numbers
+            key, value = key.view(np.uint16), value.view(np.uint16)
         cache._keys, cache._values = key, value
         cache._key_scales, cache._value_scales = scales
-        cache._code, cache._page_size = code, key.shape[2]
-        cache._set_up(key.shape[0], key.shape[2], True, None)
-        cache.extend(lengths)
+        cache._code, cache._page_size = code, capacity
+        cache._set_up(len(key), capacity, True, None)
+        cache._lengths[:] = number
         return cache
 
     @property
@@ -289,27 +340,32 @@ class KVCache:
         """
         chosen = self._chosen(sequences)
         key, value = as_array("key", key), as_array("value", value)
-        new = key.shape[2] if key.ndim == 4 else 0
         for name, array, pages in (("key", key, self._keys), ("value", value, self._values)):
-            expected = (len(chosen), pages.shape[1], new, pages.shape[3])
+            if array.ndim != 4:
+                raise ValueError(
+                    f"{name} has shape {array.shape}, {array.ndim} axes: it must have 4, "
+                    "(sequences, Hkv, new tokens, head size)"
+                )
+            expected = (len(chosen), pages.shape[1], key.shape[2], pages.shape[3])
             if array.shape != expected:
                 raise ValueError(
                     f"{name} has shape {array.shape}: it must be {expected}, "
                     "(sequences, Hkv, new tokens, head size)"
                 )
-            if not pages.flags.writeable:
-                raise ValueError(f"the cache's {name} array is read-only")
-        number = np.full(len(chosen), new) if counts is None else _ints("counts", counts, chosen)
-        if number.size and (number.min() < 0 or number.max() > new):
-            raise ValueError(f"counts holds {number.tolist()}: each must be from 0 to {new}")
+        self._check_writeable()
+        new = key.shape[2]
+        if counts is None:
+            number = np.full(len(chosen), new)
+        else:
+            number = _counts("counts", counts, chosen, new, f"each must be from 0 to {new}")
         given = np.arange(new) < number[:, np.newaxis]  # (sequences, new)
         rows = [x.swapaxes(1, 2)[given] for x in (key, value)]  # (tokens, Hkv, D)
         stored = [self._stored(name, x) for name, x in zip(("key", "value"), rows, strict=True)]
         position = (self._lengths[chosen, np.newaxis] + np.arange(new))[given]
-        self._grow(chosen, number)
         owner = np.broadcast_to(chosen[:, np.newaxis], given.shape)[given]
-        page = self._table[owner, position // self._page_size]
-        slot = position % self._page_size
+        block, slot = position // self._page_size, position % self._page_size
+        self._grow(chosen, number)
+        page = self._table[owner, block]
         for pages, scales, (array, factors) in zip(
             (self._keys, self._values), (self._key_scales, self._value_scales), stored, strict=True
         ):
@@ -329,7 +385,7 @@ class KVCache:
         softcap: float | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
-        out: Array | None = None,
+        out: Any = None,
         return_lse: bool = False,
         num_threads: int | None = None,
     ) -> Array | tuple[Array, Array]:
@@ -342,8 +398,8 @@ class KVCache:
         Parameters
         ----------
         query : array, shape (batch, Hq, Lq, D)
-            float32, float64, float16 or bfloat16, whatever the cache's dtype is. Hq may be any
-            multiple of Hkv.
+            float32, float64, float16 or bfloat16, whatever the cache's dtype is, in an array or
+            a tensor. Hq may be any multiple of Hkv.
         attn_mask : array, broadcastable to (batch, Hq, Lq, max(lengths)), optional
             Boolean: True where the query may attend to the key. Floating: added to the scores.
         is_causal, scale, window, softcap, alibi_slopes, sinks, out, return_lse, num_threads
@@ -354,7 +410,7 @@ class KVCache:
         Returns
         -------
         result : ndarray, shape (batch, Hq, Lq, Dv)
-            Of query's dtype.
+            `out`, or a new array of query's dtype; bit patterns in uint16 for a bfloat16 tensor.
         lse : ndarray, shape (batch, Hq, Lq)
             With `return_lse`.
         """
@@ -365,9 +421,8 @@ class KVCache:
             lengths, table = lengths[chosen], self._table[chosen]
         if self._window is not None:
             query = as_array("query", query)
-            left, right = (None, None) if window is None else window
-            left = self._window if left is None else min(left, self._window)
-            window = (left, right)
+            left, right = (UNBOUNDED, UNBOUNDED) if window is None else window_sides(window)
+            window = (min(left, self._window), right)
             q_len = query.shape[2] if query.ndim == 4 else 0
             self._check_kept(
                 self._chosen(sequences), lengths - q_len, lengths, f"query has {q_len} tokens"
@@ -389,10 +444,8 @@ class KVCache:
             All by default.
         """
         chosen = self._chosen(sequences)
-        number = _ints("counts", counts, chosen)
-        if number.size and number.min() < 0:
-            raise ValueError(f"counts holds {number.tolist()}: each must be at least 0")
-        self._grow(chosen, number)
+        rule = f"each must be from 0 to the cache's capacity of {self._capacity}"
+        self._grow(chosen, _counts("counts", counts, chosen, self._capacity, rule))
 
     def views(self, sequence: int, start: int = 0, stop: int | None = None) -> list[Any]:
         """Return a sequence's storage, to read or to write: no copies.
@@ -417,7 +470,7 @@ class KVCache:
         >>> [keys.shape for keys, values in cache.views(0)]
         [(2, 4, 4), (2, 2, 4)]
         """
-        row = self._chosen([sequence])[0]
+        row = self._sequence("sequence", sequence)
         length = int(self._lengths[row])
         stop = length if stop is None else min(_size("stop", stop, 0), length)
         start = _size("start", start, 0)
@@ -442,12 +495,12 @@ class KVCache:
             All by default.
         """
         chosen = self._chosen(sequences)
-        kept = _ints("lengths", lengths, chosen)
+        rule = "each must be from 0 to what the sequence has"
+        kept = _counts("lengths", lengths, chosen, self._capacity, rule)
         have = self._lengths[chosen]
-        if ((kept < 0) | (kept > have)).any():
+        if (kept > have).any():
             raise ValueError(
-                f"lengths holds {kept.tolist()}: each must be from 0 to what the sequence has, "
-                f"{have.tolist()}"
+                f"lengths holds {shown(kept.tolist())}: {rule}, {shown(have.tolist())}"
             )
         self._check_kept(chosen, kept, kept, "lengths are too small")
         for sequence, length in zip(chosen, kept, strict=True):
@@ -474,10 +527,9 @@ class KVCache:
             raise ValueError(f"indices has length {len(index)}: it must be {len(self._lengths)}")
         if self._fixed:
             self._copy(index, np.arange(len(index)), int(self._lengths.max(initial=0)))
+            self._lengths = self._lengths[index]
         else:
-            self._table = self._table[index]
-            self._count_uses()
-        self._lengths = self._lengths[index]
+            self._adopt(self._table[index], self._lengths[index])
 
     def fork(self, source: int, target: int, length: int | None = None) -> None:
         """Let sequence `target` begin with the tokens of `source`, dropping its own.
@@ -490,46 +542,64 @@ class KVCache:
             Tokens of the common prefix; all by default. Its pages are shared, and copied only
             when one of the two appends to them.
         """
-        one, other = self._chosen([source]), self._chosen([target])
-        have = int(self._lengths[one[0]])
+        one, other = self._sequence("source", source), self._sequence("target", target)
+        have = int(self._lengths[one])
         kept = have if length is None else _size("length", length, 0)
         if kept > have:
-            raise ValueError(f"length is {kept}, but sequence {one[0]} has {have} tokens")
-        self._check_kept(one, np.array([kept]), np.array([kept]), "length is too small")
-        if one[0] == other[0]:
+            raise ValueError(
+                f"length is {shown(kept)}, but sequence {one} has {have} tokens: it must not "
+                "exceed them"
+            )
+        self._check_kept(np.array([one]), np.array([kept]), np.array([kept]), "length is too small")
+        if one == other:
             self.truncate(kept, sequences=one)
-            return
-        if self._fixed:
-            self._copy(one, other, kept)
+        elif self._fixed:
+            self._copy(np.array([one]), np.array([other]), kept)
+            self._lengths[other] = kept
         else:
-            row = self._table[one[0]].copy()
-            row[-(-kept // self._page_size) :] = -1
-            self._table[other[0]] = row
-            self._count_uses()
-        self._lengths[other] = kept
+            table, lengths = self._table.copy(), self._lengths.copy()
+            table[other] = table[one]
+            table[other, -(-kept // self._page_size) :] = -1
+            lengths[other] = kept
+            self._adopt(table, lengths)
 
     def _chosen(self, sequences: Any, name: str = "sequences", repeats: bool = False) -> Array:
         batch = len(self._lengths)
         if sequences is None:
             return np.arange(batch)
-        index = np.asarray(sequences)
+        rule = f"each must be from 0 to {batch - 1}"
+        index = integers(name, sequences, "ints", 0, batch - 1, rule)
         if index.ndim == 0:
             index = index[np.newaxis]
-        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
-            raise TypeError(f"{name} is {sequences!r}: it must be ints")
-        index = index.astype(np.int64)
-        if index.size and (index.min() < 0 or index.max() >= batch):
-            raise ValueError(f"{name} holds {index.tolist()}: each must be from 0 to {batch - 1}")
+        if index.ndim != 1:
+            raise TypeError(f"{name} must be ints along one axis, not of shape {index.shape}")
         if not repeats and len(np.unique(index)) < len(index):
-            raise ValueError(f"{name} holds {index.tolist()}: none may come twice")
+            raise ValueError(f"{name} holds {shown(index.tolist())}: none may come twice")
         return index
+
+    def _sequence(self, name: str, given: Any) -> int:
+        return _size(name, given, 0, len(self._lengths) - 1)
+
+    def _check_writeable(self) -> None:
+        """Raise where tokens can't be written, before any of them is."""
+        for name, array in self._storage().items():
+            if not array.flags.writeable:
+                raise ValueError(f"the cache's {name} array is read-only")
+
+    def _storage(self) -> dict[str, Array]:
+        """Return the arrays that hold tokens, by the names that `from_arrays` has for them."""
+        arrays = {"key": self._keys, "value": self._values}
+        if self._key_scales is not None and self._value_scales is not None:
+            arrays |= {"key_scales": self._key_scales, "value_scales": self._value_scales}
+        return arrays
 
     def _stored(self, name: str, rows: Array) -> tuple[Array, Array | None]:
         """Round (tokens, Hkv, D) to the cache's dtype; for int8 also return the scales."""
         code = _code(rows)
         if code < 0 or code == INT8:
             raise TypeError(
-                f"{name} has dtype {rows.dtype}: it must be float32, float64, float16 or bfloat16"
+                f"{name} has dtype {named(rows.dtype)}: it must be float32, float64, float16 or "
+                "bfloat16"
             )
         if code == self._code and code == BFLOAT16:
             return rows.view(np.uint16), None
@@ -547,13 +617,14 @@ class KVCache:
     def _grow(self, chosen: Array, counts: Array) -> None:
         """Take the pages for so many more tokens, and count them; or raise and change nothing."""
         before = self._lengths[chosen]
-        after = before + counts
-        if (after > self._capacity).any():
-            i = int(np.argmax(after))
+        exceeds = counts > self._capacity - before  # a sum might wrap
+        if exceeds.any():
+            i = int(np.argmax(exceeds))
             raise ValueError(
                 f"sequence {chosen[i]} has {before[i]} tokens, and {counts[i]} more exceed the "
                 f"cache's capacity of {self._capacity}"
             )
+        after = before + counts
         if not self._fixed:
             self._take_pages(chosen, before, after)
         self._lengths[chosen] = after
@@ -581,13 +652,14 @@ class KVCache:
             raise MemoryError(
                 f"{wanted + len(shared)} pages are needed, but {spare} of {len(uses)} are free"
             )
+        if shared:
+            self._check_writeable()
         for sequence, block in passed:
             self._give_back(sequence, block, block + 1)
         for sequence, block, count in shared:
             old, new = self._table[sequence, block], self._free.pop()
-            for array in (self._keys, self._values, self._key_scales, self._value_scales):
-                if array is not None:
-                    array[new, :, :count] = array[old, :, :count]
+            for array in self._storage().values():
+                array[new, :, :count] = array[old, :, :count]
             self._uses[old] -= 1
             self._uses[new] = 1
             self._table[sequence, block] = new
@@ -607,19 +679,24 @@ class KVCache:
         self._free += [int(page) for page in pages if self._uses[page] == 0]
         row[:] = -1
 
-    def _count_uses(self) -> None:
-        """Bring uses and free pages up to date after the table was changed."""
-        taken = self._table[self._table >= 0]
-        before = self._uses
-        self._uses = np.bincount(taken, minlength=len(before))
-        self._free += np.flatnonzero((before > 0) & (self._uses == 0)).tolist()
+    def _adopt(self, table: Array, lengths: Array) -> None:
+        """Have another table and other lengths; bring uses and free pages up to date."""
+        uses = np.bincount(table[table >= 0], minlength=len(self._uses))
+        freed = np.flatnonzero((self._uses > 0) & (uses == 0)).tolist()
+        self._table, self._lengths, self._uses = table, lengths, uses
+        self._free += freed
 
     def _copy(self, sources: Array, targets: Array, length: int) -> None:
         """Copy tokens between sequences in one piece, as if all at once."""
         moved = sources != targets
-        for array in (self._keys, self._values, self._key_scales, self._value_scales):
-            if array is not None and moved.any():
-                array[targets[moved], :, :length] = array[sources[moved], :, :length]
+        if not moved.any():
+            return
+        self._check_writeable()
+        arrays = self._storage().values()
+        # All are read before any is written: too little memory for that then changes nothing.
+        tokens = [array[sources[moved], :, :length] for array in arrays]
+        for array, part in zip(arrays, tokens, strict=True):
+            array[targets[moved], :, :length] = part
 
     def _check_kept(self, chosen: Array, positions: Array, lengths: Array, why: str) -> None:
         """Raise when queries from these positions on would see keys that were given back."""
@@ -634,12 +711,21 @@ class KVCache:
                 )
 
 
-def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
+def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return zeros that begin where a cache line does: rows of whole lines are read faster."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 64, np.uint8)
+    try:
+        if size > _LARGEST - 64:
+            raise MemoryError
+        memory = np.zeros(size + 64, np.uint8)
+    except MemoryError:
+        raise MemoryError(
+            f"the cache's {name} of shape {shape} need {size / 2**30:.4g} GiB, which can't be "
+            "allocated"
+        ) from None
     start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    zeros: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return zeros
 
 
 def quantize(rows: Array) -> tuple[Array, Array]:
@@ -657,7 +743,7 @@ def _code(array: Array) -> int:
     return INT8 if array.dtype == np.int8 else code_of(array.dtype, raw=True)
 
 
-def _size(name: str, given: Any, least: int = 1) -> int:
+def _size(name: str, given: Any, least: int = 1, most: int | None = None) -> int:
     if isinstance(given, bool):
         raise TypeError(f"{name} must be an int, not bool")
     try:
@@ -665,17 +751,17 @@ def _size(name: str, given: Any, least: int = 1) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an int, not {type(given).__name__}") from None
     if size < least:
-        raise ValueError(f"{name} is {size}: it must be at least {least}")
+        raise ValueError(f"{name} is {shown(size)}: it must be at least {least}")
+    if most is not None and size > most:
+        raise ValueError(f"{name} is {shown(size)}: it must be at most {most}")
     return size
 
 
-def _ints(name: str, given: Any, chosen: Array) -> Array:
-    """Return int64, one for each of the chosen sequences."""
-    array = np.asarray(given)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} is {given!r}: it must be an int, or ints for each sequence")
+def _counts(name: str, given: Any, chosen: Array, most: int, rule: str) -> Array:
+    """Return int64 from 0 to `most`, one for each of the chosen sequences."""
+    array = integers(name, given, "an int, or ints for each sequence", 0, most, rule)
     try:
-        return np.broadcast_to(array, chosen.shape).astype(np.int64)
+        return np.broadcast_to(array, chosen.shape)
     except ValueError:
         raise ValueError(
             f"{name} has shape {array.shape}: one for each of {len(chosen)} sequences is needed"
