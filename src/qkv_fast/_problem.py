@@ -471,7 +471,7 @@ def _set_paged_query(
         _threads.get_num_threads() if num_threads is None else _threads.checked(num_threads)
     )
     wants_lse = return_lse is not False and _flag("return_lse", return_lse)
-    dtype_out = result_dtype(dtype)
+    dtype_out = dtype if p.query_code == out_code != BFLOAT16 else result_dtype(dtype)
     _set_output(p, query, out, (*heads_shape, q_len, v_dim), dtype_out, raw)
     p.lse = p.lse_result = None
     if wants_lse:
