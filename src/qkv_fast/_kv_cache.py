@@ -118,7 +118,7 @@ class KVCache:
             page_size = WINDOW_PAGE
         if page_size is None:
             if num_pages is not None:
-                raise ValueError(f"num_pages is {num_pages}, but there is no page_size")
+                raise ValueError(f"num_pages is {shown(num_pages)}, but there is no page_size")
             self._page_size, pages = capacity, batch
         else:
             self._page_size = _size("page_size", page_size, 1, _LARGEST)
