@@ -177,6 +177,15 @@ def test_sinks(engine, rng, sinks):
     )
 
 
+def test_an_infinite_sink_leaves_nan_where_the_values_hold_it(engine, rng):
+    q, k, v = make(rng, (1, 2, 2, 5, 9, 16, 16))
+    v[0, 0, 3, 4] = np.nan
+    out = sdpa(q, k, v, sinks=np.array([0, np.inf, 0, np.inf])[::-2])
+    expected = np.zeros_like(out)
+    expected[0, 0, :, 4] = np.nan
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_sink_of_a_row_without_keys(engine, rng):
     q, k, v = make(rng, (1, 2, 2, 5, 9, 16, 16))
     out, lse = sdpa(q, k, v, sinks=[1.0, 2.0], key_lengths=0, return_lse=True)

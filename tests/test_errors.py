@@ -102,6 +102,11 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "alibi_slopes has dtype complex", {"alibi_slopes": [1j] * 4}),
     (ValueError, r"sinks has shape \(2,\)", {"sinks": [1.0, 2.0]}),
     (TypeError, "sinks has dtype", {"sinks": ["a"] * 4}),
+    (
+        ValueError,
+        r"sinks has shape \(\): one logit for each of 1 query",
+        {"query": Q[:, :1], "key": KV[:, :1], "value": KV[:, :1], "sinks": 1.0, "out": OUT[:, :1]},
+    ),
     (ValueError, "key_lengths holds 8: it must be between 0 and 7", {"key_lengths": 8}),
     (ValueError, "key_lengths holds -1", {"key_lengths": [3, -1]}),
     (TypeError, "key_lengths must be an int, or ints", {"key_lengths": [1.0, 2.0]}),

@@ -218,6 +218,17 @@ def test_heads_that_take_turns(engine, rng, dtype, layout):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_of_no_size(engine, rng, dtype):
+    pages = normal(rng, (3, 2, 4, 8), dtype)
+    query = normal(rng, (1, 4, 5, 8), dtype)
+    table = np.frombuffer(bytes(3) + np.array([[2, 0]]).tobytes(), np.int64, 2, 3)  # unaligned
+    options = {"block_table": table.reshape(1, 2), "key_lengths": 7, "return_lse": True}
+    out, lse = paged_attention(query, pages, pages[..., :0], **options)
+    assert out.shape == (1, 4, 5, 0)
+    np.testing.assert_array_equal(lse, paged_attention(query, pages, pages, **options)[1])
+
+
 Q = np.ones((2, 4, 1, 8), np.float32)
 PAGES = np.ones((3, 2, 4, 8), np.float32)
 REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [

@@ -367,7 +367,7 @@ def normalize_paged(
             f"block_table is an array of {named(table.dtype)} of shape {table.shape}: integers of "
             f"shape (batch, blocks) = ({len(query)}, ...) are needed"
         )
-    p.block_table = np.ascontiguousarray(table, np.int64)
+    p.block_table = np.require(table, np.int64, ("C", "ALIGNED"))
     room = table.shape[1] * key.shape[2]
     p.key_lengths = _per_batch("key_lengths", key_lengths, query.shape[:1], 0, room)
     p.kv_len = int(p.key_lengths.max(initial=0))
@@ -515,7 +515,7 @@ def _set_modifiers(
         p.alibi_slopes = _broadcast_to("alibi_slopes", slopes, heads_shape, "(*batch, Hq)")
     p.sinks = None
     if sinks is not None:
-        p.sinks = np.ascontiguousarray(_reals("sinks", sinks))
+        p.sinks = _reals("sinks", sinks)
         if p.sinks.shape != heads_shape[-1:]:
             raise ValueError(
                 f"sinks has shape {p.sinks.shape}: one logit for each of {heads_shape[-1]} query "
@@ -780,7 +780,7 @@ def _reals(name: str, given: Any) -> Array:
         array = widened(array)
     elif array.dtype.kind not in "fiu":
         raise TypeError(f"{name} has dtype {array.dtype}: real numbers are needed")
-    return array.astype(np.float64)
+    return array.astype(np.float64, order="C")
 
 
 def _per_batch(name: str, given: Any, batch: tuple[int, ...], least: int, most: int) -> Array:

@@ -64,7 +64,7 @@ class Rows(NamedTuple):
         first = keys.start // size
         pages = self.blocks[first : -(-keys.stop // size)]
         rows = array[pages, heads].swapaxes(0, 1)  # (heads, pages, page_size, ...)
-        rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+        rows = rows.reshape(rows.shape[0], len(pages) * size, *rows.shape[3:])
         return rows[:, keys.start - first * size : keys.stop - first * size]
 
 
@@ -183,7 +183,7 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
         top = np.maximum(row_max, sinks)
         decay = np.exp(row_max - top)
         result = acc * decay / (row_sum * decay + np.exp(sinks - top))
-        result = np.where(sinks == np.inf, row_sum * 0, result)
+        result = np.where(sinks == np.inf, acc * (row_sum * 0), result)
     result = np.where(seen, result, 0).reshape(heads.stop - heads.start, shape[2], -1)
     entry.out[heads, rows] = bfloat16_bits(result) if p.out_code == BFLOAT16 else result
     if entry.lse is not None:
