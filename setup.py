@@ -36,8 +36,8 @@ def extensions():
     return [
         Extension(
             f"{PACKAGE}._engine",
-            [f"src/{PACKAGE}/_engine.pyx", *sorted(glob("csrc/*.c") + glob("csrc/isa/*.c"))],
-            depends=glob("csrc/*.h") + glob("csrc/simd/*.h"),
+            [f"src/{PACKAGE}/_engine.pyx", *sorted(glob("csrc/*/*.c"))],
+            depends=glob("csrc/*/*.h"),
             include_dirs=["csrc"],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
             extra_compile_args=flags,

@@ -86,14 +86,14 @@ def test_both_products(table, rng):
                              None, None)  # fmt: skip
                 close(table, c, a[:, :red].astype(float) @ b)
                 at = np.ascontiguousarray(a.T)
-                decay = rng.random(ld).astype(real(table))
+                rescale = rng.random(ld).astype(real(table))
                 for decayed in (False, True):
                     acc = scratch(table, np.full((rows, ld), 2.0))
                     table.accumulate(
                         address(acc), address(b), address(at), at.strides[0], red, rows, nvec,
-                        address(decay) if decayed else None, None,
+                        address(rescale) if decayed else None, None,
                     )  # fmt: skip
-                    close(table, acc, at.T[:, :red].astype(float) @ b + 2 * decay * decayed)
+                    close(table, acc, at.T[:, :red].astype(float) @ b + 2 * rescale * decayed)
 
 
 def test_softmax_is_online(table, rng):
@@ -102,7 +102,7 @@ def test_softmax_is_online(table, rng):
         ld = nvec * table.lanes
         for nk in SIZES:
             top = np.full(ld, tiny, real(table))
-            total, decay = np.zeros(ld, real(table)), np.zeros(ld, real(table))
+            total, rescale = np.zeros(ld, real(table)), np.zeros(ld, real(table))
             blocks = rng.standard_normal((3, nk, ld)) * 30
             seen = []
             for block, limited in zip(blocks, (False, True, True), strict=True):
@@ -118,7 +118,7 @@ def test_softmax_is_online(table, rng):
                 span = spans(bits, table.lanes)
                 table.softmax(
                     address(s), nk, nvec, address(allow) if limited else None, address(span), 1.0,
-                    address(top), address(total), address(decay),
+                    address(top), address(total), address(rescale),
                 )  # fmt: skip
                 seen.append(np.where(bits, block.astype(real(table)).astype(float), -np.inf))
                 exact = np.max(seen, axis=(0, 1), initial=tiny)
@@ -126,7 +126,7 @@ def test_softmax_is_online(table, rng):
                 with np.errstate(over="ignore"):
                     shrunk = np.exp2((before - top).astype(float))
                 np.testing.assert_allclose(
-                    decay, shrunk, rtol=20 * np.finfo(real(table)).eps, atol=1e-37
+                    rescale, shrunk, rtol=20 * np.finfo(real(table)).eps, atol=1e-37
                 )
                 assert (np.signbit(s[:-1]) == ~bits).all()  # -0.0 marks what is excluded
                 with np.errstate(all="ignore"):
@@ -137,7 +137,7 @@ def test_softmax_is_online(table, rng):
 
 
 def test_fold_sums_in_two_parts(table, rng):
-    """As exact as if the sums were a single rounding, where rows decay too."""
+    """As exact as if the sums were a single rounding, where rows rescale too."""
     eps = float(np.finfo(real(table)).eps)
     for nvec in widths(table):
         ld = nvec * table.lanes
@@ -146,13 +146,13 @@ def test_fold_sums_in_two_parts(table, rng):
             exact = np.zeros((rows, ld), np.longdouble)
             for step in range(40):
                 acc = scratch(table, rng.standard_normal((rows, ld)) + 3)
-                decay = np.ones(ld, real(table))
+                rescale = np.ones(ld, real(table))
                 if step % 5 == 4:
-                    decay[: ld // 2 + 1] = rng.random(ld // 2 + 1)
-                exact = exact * decay.astype(np.longdouble) + acc[:-1]
+                    rescale[: ld // 2 + 1] = rng.random(ld // 2 + 1)
+                exact = exact * rescale.astype(np.longdouble) + acc[:-1]
                 given = acc.copy()
                 table.fold(address(total), address(error), address(acc), rows, nvec,
-                           address(decay), step == 39)  # fmt: skip
+                           address(rescale), step == 39)  # fmt: skip
                 if step < 39:
                     np.testing.assert_array_equal(acc, given)
             fused = table.isa != b"scalar"  # which rounds a decayed sum once more
@@ -164,11 +164,11 @@ def test_fold_sums_in_two_parts(table, rng):
 def test_fold_keeps_what_is_not_finite(table):
     ld = table.lanes
     total, error = (scratch(table, np.zeros((1, ld))) for _ in range(2))
-    decay = np.ones(ld, real(table))
+    rescale = np.ones(ld, real(table))
     for value in (np.inf, 1.0):
         acc = scratch(table, np.full((1, ld), value))
         acc[0, 1] = 2
-        table.fold(address(total), address(error), address(acc), 1, 1, address(decay), value == 1)
+        table.fold(address(total), address(error), address(acc), 1, 1, address(rescale), value == 1)
     np.testing.assert_array_equal(acc[0], np.where(np.arange(ld) == 1, 4, np.inf))
 
 
@@ -216,7 +216,7 @@ def test_bias_and_range(table, rng):
             first = rng.integers(-1, nk + 1, ld).astype(real(table))
             last = rng.integers(-1, nk + 1, ld).astype(real(table))
             allow = np.full(nk, 2**64 - 1, np.uint64)
-            table.limit_range(address(allow), nk, nvec, address(first), address(last))
+            table.mask_positions(address(allow), nk, nvec, address(first), address(last))
             bits = (allow[:, None] >> lane & np.uint64(1)).astype(bool)
             k = np.arange(nk)[:, None]
             np.testing.assert_array_equal(bits, (first <= k) & (k <= last))
@@ -233,7 +233,7 @@ def test_what_is_not_finite(table, rng):
             p = np.full((5, ld), 0.5, real(table))
             p[3, ::2] = -0.0
             acc = scratch(table, np.ones((d, ld)))
-            table.accumulate_odd(address(acc), address(p), address(v), v.strides[0], 5, d, 1)
+            table.accumulate_nonfinite(address(acc), address(p), address(v), v.strides[0], 5, d, 1)
             expected = np.ones((d, ld))
             expected[d - 1, 1::2] += bad
             close(table, acc, expected)
@@ -246,7 +246,7 @@ def test_limit_mask(table, rng):
             for stride in (1, 3):
                 rows = rng.random((ld, nk * stride)) > 0.5
                 allow = np.full(nk + 1, 2**64 - 1, np.uint64)
-                table.limit_mask(address(allow), nk, nvec, address(pointers(rows)), stride)
+                table.mask_bool(address(allow), nk, nvec, address(pointers(rows)), stride)
                 bits = allow[:nk, None] >> np.arange(ld, dtype=np.uint64) & np.uint64(1)
                 np.testing.assert_array_equal(bits, rows[:, ::stride].T)
                 assert allow[nk] == 2**64 - 1
@@ -269,10 +269,10 @@ def test_a_span_limits_the_products(table, rng):
     np.testing.assert_array_equal(some[:-1], np.where(inside, whole[:-1], 0))
     p = np.where(inside, rng.random((nk, ld)), -0.0).astype(real(table))
     acc = [scratch(table, np.ones((d, ld))) for _ in range(2)]
-    decay = rng.random(ld).astype(real(table))
+    rescale = rng.random(ld).astype(real(table))
     for a, limits in zip(acc, (None, address(span)), strict=True):
         table.accumulate(
-            address(a), address(p), address(k), k.strides[0], nk, d, nvec, address(decay), limits
+            address(a), address(p), address(k), k.strides[0], nk, d, nvec, address(rescale), limits
         )
     np.testing.assert_array_equal(*acc)
 
@@ -287,11 +287,11 @@ def test_what_is_fetched_meanwhile_changes_nothing(table, rng):
     table.scores(address(alone), *scores, None)
     for row in ((address(k), k.strides[0], 200, 9, 0), (16, -64, 1, 3, 0), (16, 0, 0, 2, 0),
                 (0, 0, 0, 0, 0)):  # fmt: skip
-        soon = np.array([row, (1 << 40, 1 << 33, 1 << 20, 1 << 20, 64)], np.intp)
-        before, beside = soon.copy(), np.zeros_like(alone)
-        table.scores(address(beside), *scores, address(soon))
+        prefetch = np.array([row, (1 << 40, 1 << 33, 1 << 20, 1 << 20, 64)], np.intp)
+        before, beside = prefetch.copy(), np.zeros_like(alone)
+        table.scores(address(beside), *scores, address(prefetch))
         np.testing.assert_array_equal(beside[:-1], alone[:-1])
-        np.testing.assert_array_equal(soon, before)
+        np.testing.assert_array_equal(prefetch, before)
 
 
 @pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
@@ -403,16 +403,16 @@ def test_paired_values(paired, rng):
                 )
                 p = weights.astype(float).swapaxes(1, 2).reshape(-1, ld)[:nk]
                 exact = value[:nk, :d].T.astype(float) @ p
-                decay = rng.random(ld).astype(np.float32)
+                rescale = rng.random(ld).astype(np.float32)
                 for with_decay in (False, True):
                     acc = np.full((up(d, paired.row_step) + 1, ld), 2, np.float32)
                     paired.accumulate(
                         address(acc), address(weights), address(packed), packed.strides[0], nk, d,
-                        nvec, address(decay) if with_decay else None, None,
+                        nvec, address(rescale) if with_decay else None, None,
                     )  # fmt: skip
                     assert (acc[-1] == 2).all()
                     np.testing.assert_allclose(
-                        acc[:d], exact + 2 * decay * with_decay, rtol=1e-5, atol=2e-5
+                        acc[:d], exact + 2 * rescale * with_decay, rtol=1e-5, atol=2e-5
                     )
 
 
@@ -430,18 +430,18 @@ def test_paired_softmax(paired, rng):
                     1, dtype=np.uint64
                 )
                 top = np.full(ld, -10, np.float32)
-                total, decay = np.ones(ld, np.float32), np.zeros(ld, np.float32)
+                total, rescale = np.ones(ld, np.float32), np.zeros(ld, np.float32)
                 span = spans(bits, paired.lanes)
                 paired.softmax(
                     address(s), nk, nvec, address(allow) if limited else None, address(span),
-                    factor, address(top), address(total), address(decay),
+                    factor, address(top), address(total), address(rescale),
                 )  # fmt: skip
                 assert (s[-1] == GUARD).all()
                 exact_top = np.maximum(-10, np.where(bits, before * factor, -np.inf).max(0))
                 np.testing.assert_allclose(top, exact_top, rtol=1e-6)
-                np.testing.assert_allclose(decay, np.exp2(-10 - exact_top), rtol=1e-5)
+                np.testing.assert_allclose(rescale, np.exp2(-10 - exact_top), rtol=1e-5)
                 p = np.exp2(before * factor - exact_top)
-                np.testing.assert_allclose(total, np.where(bits, p, 0).sum(0) + decay, rtol=1e-5)
+                np.testing.assert_allclose(total, np.where(bits, p, 0).sum(0) + rescale, rtol=1e-5)
                 pairs = s[: up(nk, paired.depth_step) // 2].view(BF16)
                 stored = pairs.reshape(-1, ld, 2).swapaxes(1, 2).reshape(-1, ld).astype(float)
                 np.testing.assert_allclose(stored[:nk], np.where(bits, p, 0), rtol=2**-8)
@@ -462,7 +462,7 @@ def test_paired_values_that_are_not_finite(paired, rng):
                 p = np.full((3, ld, 2), 0.5, odd.dtype)
                 p[key // 2, ::2, key % 2] = -0.0
                 acc = scratch_like(d, ld)
-                paired.accumulate_odd(
+                paired.accumulate_nonfinite(
                     address(acc), address(p), address(odd), odd.strides[0], 5, d, 1
                 )
                 expected = np.ones((d, ld))
@@ -518,7 +518,7 @@ def test_few_scores(table, rng, d):
                 key, wide = rows_of(rng, nk, d, code), padded(table, q)
                 at = groups(key)
                 got = np.full((nk + 1, ld), GUARD, real(table))
-                table.few_scores(
+                table.decode_scores(
                     address(got), ld, address(wide), wide.shape[1], address(at), key.strides[0],
                     nk, d, rows, code,
                 )  # fmt: skip
@@ -535,12 +535,12 @@ def test_a_score_of_few_rows_does_not_depend_on_its_place(table, rng):
     ld = -(-7 // table.lanes) * table.lanes
     all_of = np.zeros((33, ld), real(table))
     at = groups(key)
-    table.few_scores(address(all_of), ld, address(wide), wide.shape[1], address(at),
+    table.decode_scores(address(all_of), ld, address(wide), wide.shape[1], address(at),
                      key.strides[0], 33, 70, 7, code)  # fmt: skip
     for k in range(33):
         for r in range(7):
             one, at = np.zeros((1, ld), real(table)), groups(key[k : k + 1])
-            table.few_scores(address(one), ld, address(wide[r]), wide.shape[1], address(at),
+            table.decode_scores(address(one), ld, address(wide[r]), wide.shape[1], address(at),
                              key.strides[0], 1, 70, 1, code)  # fmt: skip
             assert one[0, 0] == all_of[k, r]
 
@@ -564,14 +564,14 @@ def test_few_accumulate(table, rng, dv, partial):
                 acc = np.vstack([padded(table, before), np.full((1, 1), GUARD)
                                  .repeat(padded(table, before).shape[1], 1)])  # fmt: skip
                 acc = np.ascontiguousarray(acc, real(table))
-                decay = rng.random(rows).astype(real(table))
-                table.few_accumulate(
+                rescale = rng.random(rows).astype(real(table))
+                table.decode_accumulate(
                     address(acc), acc.shape[1], address(p), ld, address(at), value.strides[0],
-                    nk, dv, rows, address(decay), partial, code,
+                    nk, dv, rows, address(rescale), partial, code,
                 )  # fmt: skip
                 assert (acc[rows] == GUARD).all()
                 exact = (
-                    before * decay[:, None].astype(float) + p[:, :rows].T.astype(float) @ exact_v
+                    before * rescale[:, None].astype(float) + p[:, :rows].T.astype(float) @ exact_v
                 )
                 eps = np.finfo(real(table)).eps * 40
                 np.testing.assert_allclose(acc[:rows, :dv], exact, rtol=eps, atol=eps * 10)
@@ -582,7 +582,7 @@ def test_few_accumulate_without_decay_adds(table):
     code = FLOAT32 if table.real_bytes == 4 else FLOAT64
     value, p = np.ones((3, 8), real(table)), np.ones((3, table.lanes), real(table))
     acc, at = padded(table, np.full((1, 8), 5.0)), groups(value)
-    table.few_accumulate(address(acc), acc.shape[1], address(p), table.lanes, address(at),
+    table.decode_accumulate(address(acc), acc.shape[1], address(p), table.lanes, address(at),
                          value.strides[0], 3, 8, 1, None, 0, code)  # fmt: skip
     assert (acc[:, :8] == 8).all()
 
@@ -603,10 +603,10 @@ def test_few_softmax(table, rng, scaled):
             for block, some in zip(blocks, factors, strict=True):
                 s = np.full(nk * ld + 2 * table.lanes, GUARD, real(table))
                 s[: nk * ld] = block.ravel()
-                decay = np.empty(table.lanes, real(table))
-                table.few_softmax(
+                rescale = np.empty(table.lanes, real(table))
+                table.decode_softmax(
                     address(s), nk, ld, *(address(x) if scaled else None for x in some),
-                    address(top), address(total), address(decay),
+                    address(top), address(total), address(rescale),
                 )  # fmt: skip
                 assert (s[nk * ld + table.lanes :] == GUARD).all()
                 weights.append(s[: nk * ld].reshape(nk, ld).astype(float))
@@ -615,10 +615,10 @@ def test_few_softmax(table, rng, scaled):
             exact_top = both.max((0, 1))
             eps = np.finfo(real(table)).eps * 80
             np.testing.assert_allclose(top[:ld], exact_top, rtol=eps)
-            np.testing.assert_allclose(decay[:ld], np.exp2(both[0].max(0) - exact_top), rtol=eps)
+            np.testing.assert_allclose(rescale[:ld], np.exp2(both[0].max(0) - exact_top), rtol=eps)
             exact = np.exp2(both - exact_top)
             np.testing.assert_allclose(weights[1], exact[1] * values[1], rtol=eps)
-            np.testing.assert_allclose(weights[0] * decay[:ld], exact[0] * values[0], rtol=eps)
+            np.testing.assert_allclose(weights[0] * rescale[:ld], exact[0] * values[0], rtol=eps)
             np.testing.assert_allclose(total[:ld], exact.sum((0, 1)), rtol=eps)
         ld *= 2
 

@@ -1,4 +1,4 @@
-"""The C tables of tile kernels, seen from Python through ctypes: csrc/tile_kernels.h."""
+"""The C tables of tile kernels, seen from Python through ctypes: csrc/kernels/kernels.h."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Table(ctypes.Structure):
     _fields_ = (
         ("isa", ctypes.c_char_p),
         ("real_bytes", INT),
-        ("operand", INT),
+        ("input_type", INT),
         ("lanes", INT),
         ("tile_q", INT),
         ("depth_step", INT),
@@ -32,19 +32,19 @@ class Table(ctypes.Structure):
         ("softcap", _f(None, PTR, SIZE, INT, DOUBLE)),
         ("alibi", _f(None, PTR, SIZE, INT, PTR, PTR)),
         ("bias", _f(None, PTR, SIZE, INT, PTR, INT, PTR)),
-        ("limit_range", _f(None, PTR, SIZE, INT, PTR, PTR)),
-        ("limit_mask", _f(None, PTR, SIZE, INT, PTR, SIZE)),
+        ("mask_positions", _f(None, PTR, SIZE, INT, PTR, PTR)),
+        ("mask_bool", _f(None, PTR, SIZE, INT, PTR, SIZE)),
         ("softmax", _f(None, PTR, SIZE, INT, PTR, PTR, DOUBLE, PTR, PTR, PTR)),
         ("accumulate", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR, PTR)),
-        ("accumulate_odd", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT)),
+        ("accumulate_nonfinite", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT)),
         ("scale_keys", _f(None, PTR, SIZE, INT, PTR, INT)),
         ("all_finite", _f(INT, PTR, SIZE, SIZE, SIZE)),
         ("store_rows", _f(None, PTR, INT, PTR, SIZE, INT, PTR)),
         ("fold", _f(None, PTR, PTR, PTR, SIZE, INT, PTR, INT)),
-        ("few_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT)),
-        ("few_softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR, PTR, PTR)),
+        ("decode_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT)),
+        ("decode_softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR, PTR, PTR)),
         (
-            "few_accumulate",
+            "decode_accumulate",
             _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, PTR, INT, INT),
         ),
         ("widen", _f(None, PTR, PTR, SIZE, INT)),

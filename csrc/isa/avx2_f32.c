@@ -9,7 +9,7 @@
 
 #include "../simd/target_push.h"
 #include "../simd/avx2.h"
-#include "../tile_tmpl.h"
+#include "../kernels/tile_tmpl.h"
 #include "../simd/target_pop.h"
 #else
 typedef int qkv_no_avx2_f32_here;

@@ -9,7 +9,7 @@
 
 #include "../simd/target_push.h"
 #include "../simd/avx512.h"
-#include "../tile_tmpl.h"
+#include "../kernels/tile_tmpl.h"
 #include "../simd/target_pop.h"
 #else
 typedef int qkv_no_avx512_f32_here;

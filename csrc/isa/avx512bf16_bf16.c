@@ -10,7 +10,7 @@
 
 #include "../simd/target_push.h"
 #include "../simd/avx512bf16.h"
-#include "../tile_tmpl.h"
+#include "../kernels/tile_tmpl.h"
 #include "../simd/target_pop.h"
 #else
 typedef int qkv_no_avx512bf16_bf16_here;

@@ -4,4 +4,4 @@
 #define QKV_TABLE qkv_tile_kernels_f64_scalar
 #include "../simd/scalar.h"
 
-#include "../tile_tmpl.h"
+#include "../kernels/tile_tmpl.h"

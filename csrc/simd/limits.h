@@ -14,4 +14,4 @@ typedef double real;
 #define REAL_MIN_EXP (-1022.0)
 #endif
 #define REAL_INF ((real)INFINITY)
-#define VOCABULARY static inline __attribute__((always_inline))
+#define SIMD_INLINE static inline __attribute__((always_inline))

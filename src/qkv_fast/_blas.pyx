@@ -4,7 +4,7 @@ BLAS is column-major: an array X[r][c] in C is X^T there, so S[k][i] = sum_d K[k
 reads S = Qt K with Qt (tile x D), K (D x keys), and needs no packing:
 
     scores      S    = gemm('N', 'N', tile, keys, D;    Qt, K)
-    accumulate  acc  = acc decay + gemm('N', 'T', tile, Dv, keys;   P, V)
+    accumulate  acc  = acc rescale + gemm('N', 'T', tile, Dv, keys;   P, V)
 
 A span would save what a block excludes; here blocks are computed whole.
 
@@ -69,45 +69,45 @@ cdef inline void product(int wide, bint transposed, Py_ssize_t rows, Py_ssize_t 
 
 
 cdef void scores_f32(void *S, const void *Qt, const char *K, Py_ssize_t k_stride, Py_ssize_t nk,
-                     Py_ssize_t D, int nvec, const void *span, const void *soon) noexcept nogil:
+                     Py_ssize_t D, int nvec, const void *span, const void *prefetch) noexcept nogil:
     product(0, False, nk, D, <char *>S, <const char *>Qt, K, k_stride, 4,
             max(k_stride // 4, 1), True)
 
 
 cdef void scores_f64(void *S, const void *Qt, const char *K, Py_ssize_t k_stride, Py_ssize_t nk,
-                     Py_ssize_t D, int nvec, const void *span, const void *soon) noexcept nogil:
+                     Py_ssize_t D, int nvec, const void *span, const void *prefetch) noexcept nogil:
     product(1, False, nk, D, <char *>S, <const char *>Qt, K, k_stride, 8,
             max(k_stride // 8, 1), True)
 
 
 cdef void accumulate_f32(void *acc, const void *P, const char *V, Py_ssize_t v_stride,
                          Py_ssize_t nk, Py_ssize_t Dv, int nvec,
-                         const void *decay, const void *span) noexcept nogil:
-    if decay != NULL:
-        rescale(<float *>acc, Dv, <const float *>decay)
+                         const void *rescale, const void *span) noexcept nogil:
+    if rescale != NULL:
+        rescale_rows(<float *>acc, Dv, <const float *>rescale)
     product(0, True, Dv, nk, <char *>acc, <const char *>P, V, 4, v_stride,
-            max(v_stride // 4, 1), decay == NULL)
+            max(v_stride // 4, 1), rescale == NULL)
 
 
 cdef void accumulate_f64(void *acc, const void *P, const char *V, Py_ssize_t v_stride,
                          Py_ssize_t nk, Py_ssize_t Dv, int nvec,
-                         const void *decay, const void *span) noexcept nogil:
-    if decay != NULL:
-        rescale(<double *>acc, Dv, <const double *>decay)
+                         const void *rescale, const void *span) noexcept nogil:
+    if rescale != NULL:
+        rescale_rows(<double *>acc, Dv, <const double *>rescale)
     product(1, True, Dv, nk, <char *>acc, <const char *>P, V, 8, v_stride,
-            max(v_stride // 8, 1), decay == NULL)
+            max(v_stride // 8, 1), rescale == NULL)
 
 
-cdef void rescale(real *acc, Py_ssize_t rows, const real *decay) noexcept nogil:
-    """acc[d][i] *= decay[i], where some decay is not 1."""
+cdef void rescale_rows(real *acc, Py_ssize_t rows, const real *rescale) noexcept nogil:
+    """acc[d][i] *= rescale[i], where some rescale is not 1."""
     cdef Py_ssize_t d, i
-    cdef bint decays = False
+    cdef bint rescales = False
     for i in range(TILE):
-        decays |= decay[i] != 1
-    if decays:
+        rescales |= rescale[i] != 1
+    if rescales:
         for d in range(rows):
             for i in range(TILE):
-                acc[d * TILE + i] *= decay[i]
+                acc[d * TILE + i] *= rescale[i]
 
 
 def install(size_t scores, size_t accumulate, bint wide):

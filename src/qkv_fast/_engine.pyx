@@ -26,18 +26,18 @@ from . import _threads
 
 cnp.import_array()
 
-cdef extern from "tile_kernels.h" nogil:
+cdef extern from "kernels/kernels.h" nogil:
     ctypedef struct qkv_span:
         int begin, end
 
-    ctypedef struct qkv_rows:
+    ctypedef struct qkv_prefetch_rows:
         const char *row
         Py_ssize_t stride, bytes, count, at
 
     ctypedef struct qkv_tile_kernels:
         const char *isa
         int real_bytes
-        int operand
+        int input_type
         int lanes
         int tile_q
         int depth_step
@@ -48,29 +48,29 @@ cdef extern from "tile_kernels.h" nogil:
         void (*pack_values)(void *, Py_ssize_t, const char *, Py_ssize_t, Py_ssize_t,
                             Py_ssize_t) noexcept nogil
         void (*scores)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                       int, const qkv_span *, const qkv_rows *) noexcept nogil
+                       int, const qkv_span *, const qkv_prefetch_rows *) noexcept nogil
         void (*scale)(void *, Py_ssize_t, int, double) noexcept nogil
         void (*softcap)(void *, Py_ssize_t, int, double) noexcept nogil
         void (*alibi)(void *, Py_ssize_t, int, const void *, const void *) noexcept nogil
         void (*bias)(void *, Py_ssize_t, int, const char **, int, uint64_t *) noexcept nogil
-        void (*limit_range)(uint64_t *, Py_ssize_t, int, const void *, const void *) noexcept nogil
-        void (*limit_mask)(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t) noexcept nogil
+        void (*mask_positions)(uint64_t *, Py_ssize_t, int, const void *, const void *) noexcept nogil
+        void (*mask_bool)(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t) noexcept nogil
         void (*softmax)(void *, Py_ssize_t, int, const uint64_t *, const qkv_span *, double,
                         void *, void *, void *) noexcept nogil
         void (*accumulate)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                            int, const void *, const qkv_span *) noexcept nogil
-        void (*accumulate_odd)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
+        void (*accumulate_nonfinite)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,
                                Py_ssize_t, int) noexcept nogil
         void (*scale_keys)(void *, Py_ssize_t, int, const float *, int) noexcept nogil
         int (*all_finite)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*store_rows)(char **, int, const void *, Py_ssize_t, int,
                            const void *) noexcept nogil
         void (*fold)(void *, void *, void *, Py_ssize_t, int, const void *, int) noexcept nogil
-        void (*few_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
+        void (*decode_scores)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
                            Py_ssize_t, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
-        void (*few_softmax)(void *, Py_ssize_t, int, const float *, const float *, void *, void *,
+        void (*decode_softmax)(void *, Py_ssize_t, int, const float *, const float *, void *, void *,
                             void *) noexcept nogil
-        void (*few_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
+        void (*decode_accumulate)(void *, Py_ssize_t, const void *, Py_ssize_t, const char **,
                                Py_ssize_t, Py_ssize_t, Py_ssize_t, int, const void *, int,
                                int) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
@@ -78,24 +78,24 @@ cdef extern from "tile_kernels.h" nogil:
         double (*fma_chain)(Py_ssize_t) noexcept nogil
         int fma_chain_flop
 
-    int QKV_GROUP, QKV_GROUPS_AHEAD
-    const qkv_tile_kernels *qkv_tile_table(int index, int operand)
+    int QKV_KEY_RUN, QKV_KEY_RUNS_AHEAD
+    const qkv_tile_kernels *qkv_tile_table(int index, int input_type)
     const char *qkv_isa_name(int index)
     int qkv_isa_runs(int index)
-    int qkv_isa_pays(int index)
+    int qkv_isa_is_profitable(int index)
 
-cdef extern from "convert.h" nogil:
+cdef extern from "runtime/convert.h" nogil:
     int QKV_FLOAT32, QKV_FLOAT64, QKV_FLOAT16, QKV_BFLOAT16, QKV_BOOL, QKV_INT8, QKV_SWAPPED
     void qkv_read_row(void *, int, const char *, Py_ssize_t, Py_ssize_t, int)
     void qkv_copy_row16(void *, const char *, Py_ssize_t, Py_ssize_t, int)
-    void qkv_clear_odd(void *, int, Py_ssize_t)
+    void qkv_zero_nonfinite(void *, int, Py_ssize_t)
     void qkv_write_row(char *, const void *, int, Py_ssize_t, Py_ssize_t, int)
 
-cdef extern from "thread_pool.h" nogil:
+cdef extern from "runtime/thread_pool.h" nogil:
     ctypedef void (*qkv_task)(const void *, int, Py_ssize_t) noexcept nogil
     ctypedef void (*qkv_wait)(const void *) noexcept nogil
     void qkv_run_tasks(qkv_task, qkv_wait, const void *, Py_ssize_t, int)
-    void qkv_announce_job()
+    void qkv_notify_call_start()
     int qkv_forked()
 
 cdef extern from "Python.h":
@@ -128,7 +128,7 @@ cdef extern from *:
     const char *QKV_COMPILER
     double FLT_MAX, DBL_MAX
     int64_t take_one "__sync_sub_and_fetch"(int64_t *, int64_t) nogil
-    void prefetch "__builtin_prefetch"(const void *) nogil
+    void prefetch_line "__builtin_prefetch"(const void *) nogil
 
 cdef enum:
     MAX_LANES = 64      # rows of the largest tile: one bit each in a uint64
@@ -137,7 +137,7 @@ cdef enum:
     MAX_BLOCK_K = 256
     MAX_BLOCK_K_FEW = 128
     MAX_HEADS = 16      # of a task
-    MAX_GROUPS = 132    # of such a block for as many heads, and QKV_GROUPS_AHEAD
+    MAX_GROUPS = 132    # of such a block for as many heads, and QKV_KEY_RUNS_AHEAD
     MAX_TABLES = 8
     ALIGNMENT = 64
     PAGE = 4096
@@ -332,7 +332,7 @@ cdef struct Tile:
     int64_t position[MAX_LANES]
     double row_max[MAX_LANES]           # from here on: reals of the call's size
     double row_sum[MAX_LANES]
-    double decay[MAX_LANES]
+    double rescale[MAX_LANES]
     double weight[MAX_LANES]
     double slope[MAX_LANES]
     double range_first[MAX_LANES]
@@ -441,7 +441,7 @@ cdef inline void read_reals(const Call *call, void *row, const Operand *operand,
 cdef void read_row(const Call *call, char *row, const Operand *operand, const char *src,
                    Py_ssize_t length) noexcept nogil:
     """A row of the caller's as operands of the kernels."""
-    if call.kernels.operand == QKV_BFLOAT16:
+    if call.kernels.input_type == QKV_BFLOAT16:
         qkv_copy_row16(row, src, length, operand.col, operand.type)
     else:
         read_reals(call, row, operand, src, length)
@@ -468,7 +468,7 @@ cdef void gather_keys(const Call *call, const Head *head, const Operand *operand
         count = nk - i
         source = find_rows(call, head, operand, rows, begin + i, &count)
         for j in range(count):
-            if operand.direct and operand.type == call.kernels.operand:
+            if operand.direct and operand.type == call.kernels.input_type:
                 memcpy(row, source, bytes)
             else:
                 read_row(call, row, operand, source, length)
@@ -501,30 +501,30 @@ cdef void load_keys(const Call *call, const Head *head, Block *block) noexcept n
     memset(row + block.nk * call.key_bytes, 0, (rows - block.nk) * call.key_bytes)
 
 
-cdef inline void set_soon(const Call *call, const Head *head, const Operand *operand, char *rows,
+cdef inline void set_prefetch(const Call *call, const Head *head, const Operand *operand, char *rows,
                           Py_ssize_t length, int64_t begin, int64_t end,
-                          qkv_rows *soon) noexcept nogil:
+                          qkv_prefetch_rows *prefetch) noexcept nogil:
     """The rows of keys from begin to end, as far as they lie in one page."""
-    soon.row = rows
-    soon.stride = operand.row
-    soon.bytes = length * size_of(operand.type)
-    soon.count = max(0, end - begin)
-    soon.at = 0
+    prefetch.row = rows
+    prefetch.stride = operand.row
+    prefetch.bytes = length * size_of(operand.type)
+    prefetch.count = max(0, end - begin)
+    prefetch.at = 0
     if begin < end:
-        soon.row = find_rows(call, head, operand, rows, begin, &soon.count)
+        prefetch.row = find_rows(call, head, operand, rows, begin, &prefetch.count)
 
 
-cdef void find_soon(const Call *call, const Head *head, const Tile *tile, const Block *block,
-                    qkv_rows *soon) noexcept nogil:
+cdef void plan_prefetch(const Call *call, const Head *head, const Tile *tile, const Block *block,
+                    qkv_prefetch_rows *prefetch) noexcept nogil:
     """What to fetch while a block's scores are computed: the keys to come and the block's values."""
     cdef int64_t end = block.begin + block.nk, last = tile.last_max
     cdef int64_t begin = end            # this block's keys were read already to be converted
     if block.keys != head.scratch + call.keys_at:
         begin = min(end, block.begin + KEYS_AHEAD)
-    set_soon(call, head, &call.key, head.key, call.head_dim, begin,
-             min(last + 1, begin + block.nk), &soon[0])
-    set_soon(call, head, &call.value, head.value, call.v_dim, block.begin, min(last + 1, end),
-             &soon[1])
+    set_prefetch(call, head, &call.key, head.key, call.head_dim, begin,
+             min(last + 1, begin + block.nk), &prefetch[0])
+    set_prefetch(call, head, &call.value, head.value, call.v_dim, block.begin, min(last + 1, end),
+             &prefetch[1])
 
 
 cdef void load_value_rows(const Call *call, const Head *head, Block *block) noexcept nogil:
@@ -564,7 +564,7 @@ cdef const float *load_factors(const Call *call, const Head *head, const Operand
             while count > 0:            # the next block's
                 count -= <Py_ssize_t>(ALIGNMENT // sizeof(float))
                 source += ALIGNMENT
-                prefetch(source + nk * sizeof(float))
+                prefetch_line(source + nk * sizeof(float))
             continue
         while count > 0:
             memcpy(&factors[i], source, sizeof(float))
@@ -583,27 +583,27 @@ cdef struct Groups:                     # keys or values as few_rows.h takes the
 cdef bint find_groups(const Call *call, const Head *head, const Operand *operand, char *rows,
                       int64_t begin, Py_ssize_t nk, int64_t last, Groups *groups) noexcept nogil:
     """Where each group of keys lies and those that follow up to key last; False: one is split."""
-    cdef Py_ssize_t page_size = call.page_size, slot, i, step = QKV_GROUP * operand.row
-    cdef int count = <int>((nk + QKV_GROUP - 1) // QKV_GROUP), g
+    cdef Py_ssize_t page_size = call.page_size, slot, i, step = QKV_KEY_RUN * operand.row
+    cdef int count = <int>((nk + QKV_KEY_RUN - 1) // QKV_KEY_RUN), g
     cdef const int64_t *page
     cdef char *source
     if head.pages == NULL:
         source = rows + begin * operand.row
-        for g in range(count + QKV_GROUPS_AHEAD):
+        for g in range(count + QKV_KEY_RUNS_AHEAD):
             groups.rows[g] = source
             source += step
         return True
     page = head.pages + begin // page_size
     slot = begin % page_size
     source = rows + page[0] * operand.batch_strides[0] + slot * operand.row
-    for g in range(count + QKV_GROUPS_AHEAD):
+    for g in range(count + QKV_KEY_RUNS_AHEAD):
         groups.rows[g] = source
-        i = g * QKV_GROUP
-        if i < nk and slot + min(<Py_ssize_t>QKV_GROUP, nk - i) > page_size:
+        i = g * QKV_KEY_RUN
+        if i < nk and slot + min(<Py_ssize_t>QKV_KEY_RUN, nk - i) > page_size:
             return False
-        if begin + i + QKV_GROUP > last:
+        if begin + i + QKV_KEY_RUN > last:
             continue                    # the last one again and again
-        slot += QKV_GROUP
+        slot += QKV_KEY_RUN
         source += step
         if slot >= page_size:
             page += slot // page_size
@@ -620,15 +620,15 @@ cdef void find_turn(const Call *call, const Head *head, const Operand *operand, 
     They follow in the order of a turn: a run of keys of each of `heads` heads, then the next run.
     """
     cdef int g, h = head.number
-    cdef Py_ssize_t step = QKV_GROUP * operand.row, slot = begin % call.run, following = 0
+    cdef Py_ssize_t step = QKV_KEY_RUN * operand.row, slot = begin % call.run, following = 0
     cdef char *source = find_rows(call, head, operand, rows, begin, &following)
     groups.stride = operand.row
     groups.type = operand.type
     begin -= slot
     rows -= h * operand.head
-    for g in range(count + QKV_GROUPS_AHEAD):
+    for g in range(count + QKV_KEY_RUNS_AHEAD):
         groups.rows[g] = source
-        slot += QKV_GROUP
+        slot += QKV_KEY_RUN
         source += step
         if slot < call.run:
             continue
@@ -654,29 +654,29 @@ cdef void load_groups(const Call *call, const Head *head, const Operand *operand
     if operand.direct and find_groups(call, head, operand, rows, begin, nk, last, groups):
         return
     groups.stride = length * call.operand_bytes
-    groups.type = call.kernels.operand
+    groups.type = call.kernels.input_type
     gather_keys(call, head, operand, rows, begin, nk, length, row, groups.stride)
-    for g in range((nk + QKV_GROUP - 1) // QKV_GROUP + QKV_GROUPS_AHEAD):
+    for g in range((nk + QKV_KEY_RUN - 1) // QKV_KEY_RUN + QKV_KEY_RUNS_AHEAD):
         groups.rows[g] = row
-        if g * QKV_GROUP < nk:
-            row += QKV_GROUP * groups.stride
+        if g * QKV_KEY_RUN < nk:
+            row += QKV_KEY_RUN * groups.stride
 
 
 cdef inline void score_few(const Call *call, Tile *tile, const Groups *keys, int g,
                            Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld) noexcept nogil:
     """Scores of the block's keys from `begin` on, which lie from group g on."""
-    call.kernels.few_scores(tile.S + begin * ld * call.kernels.real_bytes, ld, tile.Qt,
+    call.kernels.decode_scores(tile.S + begin * ld * call.kernels.real_bytes, ld, tile.Qt,
                             call.q_stride, <const char **>keys.rows + g, keys.stride, nk,
                             call.head_dim, tile.count, keys.type)
 
 
 cdef inline void accumulate_few(const Call *call, Tile *tile, const Groups *values, int g,
-                                Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld, bint decays,
+                                Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld, bint rescales,
                                 bint partial) noexcept nogil:
-    call.kernels.few_accumulate(
+    call.kernels.decode_accumulate(
         tile.acc, call.acc_stride, tile.S + begin * ld * call.kernels.real_bytes, ld,
         <const char **>values.rows + g, values.stride, nk, call.v_dim, tile.count,
-        tile.decay if decays else NULL, partial, values.type)
+        tile.rescale if rescales else NULL, partial, values.type)
 
 
 cdef void attend_whole(const Call *call, const Head *heads, int count, int turns,
@@ -692,7 +692,7 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
     cdef Tile *tile = tile_of(call, heads, first)
     cdef int64_t last = tile.last_max
     cdef Py_ssize_t k, run = nk - block.skipped, ld = 1
-    cdef int num_groups = <int>(count * nk // QKV_GROUP)
+    cdef int num_groups = <int>(count * nk // QKV_KEY_RUN)
     cdef Groups groups
     if count > 1:
         run = call.run
@@ -705,7 +705,7 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
     for k from block.skipped <= k < nk by run:
         for h in range(count):
             score_few(call, tile_of(call, heads, first + h), &groups, g, k, run, ld)
-            g += <int>(run // QKV_GROUP)
+            g += <int>(run // QKV_KEY_RUN)
     if turns > 1:
         find_turn(call, heads, &call.value, heads.value, block.begin, num_groups, turns, last,
                   &groups)
@@ -716,15 +716,15 @@ cdef void attend_whole(const Call *call, const Head *heads, int count, int turns
         for h in range(count):
             tile = tile_of(call, heads, first + h)
             if k == block.skipped:
-                kernels.few_softmax(
+                kernels.decode_softmax(
                     tile.S, nk, <int>ld,
                     load_factors(call, &heads[h], &call.key_scales, heads[h].key_scales, block,
                                  nk, call.factors_at),
                     load_factors(call, &heads[h], &call.value_scales, heads[h].value_scales,
                                  block, nk, call.value_factors_at),
-                    tile.row_max, tile.row_sum, tile.decay)
+                    tile.row_max, tile.row_sum, tile.rescale)
             accumulate_few(call, tile, &groups, g, k, run, ld, k == block.skipped, False)
-            g += <int>(run // QKV_GROUP)
+            g += <int>(run // QKV_KEY_RUN)
 
 
 cdef void pack_values(const Call *call, const Head *head, Block *block, const char *rows,
@@ -739,13 +739,13 @@ cdef void pack_values(const Call *call, const Head *head, Block *block, const ch
                                  block.nk, call.v_dim)
 
 
-cdef void clean_values(const Call *call, const Head *head, Block *block) noexcept nogil:
+cdef void zero_nonfinite(const Call *call, const Head *head, Block *block) noexcept nogil:
     """Values with 0 for what isn't finite."""
     cdef Py_ssize_t i, row_bytes = call.v_dim * call.operand_bytes
     cdef char *row = head.gathered
     for i in range(block.nk):
         memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
-        qkv_clear_odd(row, call.kernels.operand, call.v_dim)
+        qkv_zero_nonfinite(row, call.kernels.input_type, call.v_dim)
         row += row_bytes
     pack_values(call, head, block, head.gathered, row_bytes)
 
@@ -851,7 +851,7 @@ cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin, Py_ssi
     if tile.first_max > begin or tile.last_min < begin + nk - 1:
         set_relative(tile.range_first, tile.first, begin, -1, nk, tile.lanes, real_bytes)
         set_relative(tile.range_last, tile.last, begin, -1, nk, tile.lanes, real_bytes)
-        call.kernels.limit_range(tile.allow, nk, tile.nvec, tile.range_first, tile.range_last)
+        call.kernels.mask_positions(tile.allow, nk, tile.nvec, tile.range_first, tile.range_last)
     if masked:
         if is_shared(&call.mask):
             mask = tile.mask_rows[0] + begin * call.mask.col
@@ -861,7 +861,7 @@ cdef uint64_t allow_in_block(const Call *call, Tile *tile, int64_t begin, Py_ssi
         else:
             for i in range(tile.lanes):
                 tile.rows[i] = tile.mask_rows[i] + begin * call.mask.col
-            call.kernels.limit_mask(tile.allow, nk, tile.nvec, tile.rows, call.mask.col)
+            call.kernels.mask_bool(tile.allow, nk, tile.nvec, tile.rows, call.mask.col)
     for k in range(nk):
         any_allowed |= tile.allow[k]
     return any_allowed & lane_bits(tile.lanes)
@@ -937,12 +937,12 @@ cdef void fold_sums(const Call *call, Tile *tile, bint finish) noexcept nogil:
     for i in range(tile.lanes):
         before = get_real(tile.fold_max, i, real_bytes)
         now = get_real(tile.row_max, i, real_bytes)
-        set_real(tile.decay, i, real_bytes, 1 if before == now else exp2(before - now))
+        set_real(tile.rescale, i, real_bytes, 1 if before == now else exp2(before - now))
     memcpy(tile.fold_max, tile.row_max, row_bytes)
     if tile.fresh:
         memset(tile.acc, 0, call.v_dim * row_bytes)
-    kernels.fold(tile.total, tile.error, tile.acc, call.v_dim, tile.nvec, tile.decay, finish)
-    kernels.fold(tile.total_sum, tile.sum_error, tile.row_sum, 1, tile.nvec, tile.decay, finish)
+    kernels.fold(tile.total, tile.error, tile.acc, call.v_dim, tile.nvec, tile.rescale, finish)
+    kernels.fold(tile.total_sum, tile.sum_error, tile.row_sum, 1, tile.nvec, tile.rescale, finish)
     tile.fresh = not finish
     if not finish:
         memset(tile.row_sum, 0, row_bytes)
@@ -977,7 +977,7 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         tile.fold = begin // call.fold_keys
     cdef Py_ssize_t ld = tile.lanes
     cdef Groups groups
-    cdef qkv_rows[2] soon
+    cdef qkv_prefetch_rows[2] prefetch
     cdef bint fetches
     if call.few:
         if not partial and not call.modified and tile.count <= kernels.lanes:
@@ -992,9 +992,9 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
         if block.keys == NULL:
             load_keys(call, head, block)
         if fetches:
-            find_soon(call, head, tile, block, soon)
+            plan_prefetch(call, head, tile, block, prefetch)
         kernels.scores(tile.S, tile.Qt, block.keys, block.key_stride, nk, call.head_dim, tile.nvec,
-                       tile.span if partial else NULL, soon if fetches else NULL)
+                       tile.span if partial else NULL, prefetch if fetches else NULL)
     if call.key_scales.data != NULL:
         kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
             call, head, &call.key_scales, head.key_scales, block, nk, call.factors_at), 0)
@@ -1008,7 +1008,7 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
     tile.seen |= seen
     kernels.softmax(tile.S, nk, tile.nvec, tile.allow if partial else NULL, tile.span,
                     1.0 if call.modified else call.score_factor, tile.row_max, tile.row_sum,
-                    tile.decay)
+                    tile.rescale)
     if call.value_scales.data != NULL:
         kernels.scale_keys(tile.S, nk, tile.nvec, load_factors(
             call, head, &call.value_scales, head.value_scales, block, nk, call.factors_at), 1)
@@ -1017,7 +1017,7 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
                     &groups)
         accumulate_few(call, tile, &groups, 0, block.skipped, nk - block.skipped, ld, True, partial)
         return
-    cdef const void *decay = NULL if tile.fresh else tile.decay
+    cdef const void *rescale = NULL if tile.fresh else tile.rescale
     cdef const qkv_span *span = tile.span if partial else NULL
     tile.fresh = False
     if block.value_rows == NULL:
@@ -1029,17 +1029,17 @@ cdef void attend_block(const Call *call, const Head *head, Tile *tile,
     if block.finite == 0 and (partial or nk < block.nk):
         # What is not finite is kept out of the product, and goes to the rows that may see it
         # afterwards.
-        clean_values(call, head, block)
+        zero_nonfinite(call, head, block)
         kernels.accumulate(tile.acc, tile.S, block.values, block.value_stride, nk, call.v_dim,
-                           tile.nvec, decay, span)
-        kernels.accumulate_odd(tile.acc, tile.S, block.value_rows, block.row_stride, nk,
+                           tile.nvec, rescale, span)
+        kernels.accumulate_nonfinite(tile.acc, tile.S, block.value_rows, block.row_stride, nk,
                                call.v_dim, tile.nvec)
         block.values = NULL
         return
     if block.values == NULL:
         pack_values(call, head, block, block.value_rows, block.row_stride)
     kernels.accumulate(tile.acc, tile.S, block.values, block.value_stride, nk, call.v_dim,
-                       tile.nvec, decay, span)
+                       tile.nvec, rescale, span)
 
 
 cdef void close_tile(const Call *call, const Head *head, Tile *tile) noexcept nogil:
@@ -1558,7 +1558,7 @@ def best_isa(int type):
     """Name of the weakest ISA with the fastest kernels for an element type."""
     cdef int index, best = 0
     for index in isa_index.values():
-        if qkv_isa_pays(index) and table_of(index, type) != table_of(best, type):
+        if qkv_isa_is_profitable(index) and table_of(index, type) != table_of(best, type):
             best = index
     return qkv_isa_name(best).decode()
 
@@ -1693,10 +1693,10 @@ cdef void set_turns(Call *call) noexcept:
     """
     cdef Py_ssize_t run = 0
     if abs(call.key.head) < abs(call.key.row):
-        run = QKV_GROUP
+        run = QKV_KEY_RUN
     elif call.page_size * call.key.row < LONG_RUN:
         run = call.page_size
-    if (run == 0 or run % QKV_GROUP or call.page_size % run
+    if (run == 0 or run % QKV_KEY_RUN or call.page_size % run
             or not call.key.direct or not call.value.direct
             or call.modified or call.mask.data != NULL or max(call.head_dim, call.v_dim) > WIDE):
         return
@@ -1735,9 +1735,9 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
     call.head_dim = shape[nb + 2]
     call.kv_len = problem.kv_len
     call.v_dim = cnp.PyArray_DIMS(value)[nb + 2]
-    set_operand(&call.query, query, problem.query_code, nb, kernels.operand)
-    set_operand(&call.key, key, problem.key_code, nb, kernels.operand)
-    set_operand(&call.value, value, problem.value_code, nb, kernels.operand)
+    set_operand(&call.query, query, problem.query_code, nb, kernels.input_type)
+    set_operand(&call.key, key, problem.key_code, nb, kernels.input_type)
+    set_operand(&call.value, value, problem.value_code, nb, kernels.input_type)
     set_operand(&call.out, out, problem.out_code, nb, real_type)
     if few:
         note_widened(&call.key, key, kernels.real_bytes)
@@ -1771,13 +1771,13 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
                      or call.mask.data != NULL and call.mask.type != QKV_BOOL)
     call.query_factor = problem.scale * LOG2E
     call.score_factor = 1
-    if kernels.operand == QKV_BFLOAT16:  # queries stay as they are: no rounding but the caller's
+    if kernels.input_type == QKV_BFLOAT16:  # queries stay as they are: no rounding but the caller's
         call.score_factor = abs(call.query_factor)
         call.query_factor = -1 if call.query_factor < 0 else 1
     call.left = problem.left
     call.right = problem.right
     call.tiles_per_task = call.heads_per_task = 1
-    call.operand_bytes = 2 if kernels.operand == QKV_BFLOAT16 else kernels.real_bytes
+    call.operand_bytes = 2 if kernels.input_type == QKV_BFLOAT16 else kernels.real_bytes
     cdef Py_ssize_t widest = max(call.head_dim, call.v_dim)
     if widest > (<Py_ssize_t>1 << 40):
         raise MemoryError(f"no memory for tiles of head size {widest}")
@@ -1788,7 +1788,7 @@ cdef void prepare(Call *call, problem, const qkv_tile_kernels *kernels, bint few
         call.block_k = min(call.block_k, BLOCK_K_FEW_HALF if size_of(call.key.type) == 2
                            else BLOCK_K_FEW)
         set_turns(call)
-    call.fold_keys = FOLD_KEYS_PAIRS if kernels.operand == QKV_BFLOAT16 else FOLD_KEYS
+    call.fold_keys = FOLD_KEYS_PAIRS if kernels.input_type == QKV_BFLOAT16 else FOLD_KEYS
     call.blocks_per_look = max(1, <Py_ssize_t>(
         CLOCK_WORK / (<double>MAX_ROWS_PER_TASK * call.block_k * (call.head_dim + call.v_dim))))
 
@@ -1880,7 +1880,7 @@ cdef void count_chunks(const Job *job) noexcept nogil:
 
 def announce():
     """Keep threads awake that have just done a call's work: another call has begun."""
-    qkv_announce_job()
+    qkv_notify_call_start()
 
 
 def run(problem, str tiles, str isa, double few_share=0, double few_share_converted=0,

@@ -1,9 +1,9 @@
 /* The kernels that touch operands, where an operand is a bfloat16 and the products take pairs of
  * them: included by tile_tmpl.h. A pair fills the place of a float in vectors and scratch. */
-#define FEW_SCORES NULL /* the tables of float serve bfloat16 too */
-#define FEW_ACCUMULATE NULL
-#define FEW_SOFTMAX NULL
-#define OPERAND QKV_BFLOAT16
+#define DECODE_SCORES NULL /* the tables of float serve bfloat16 too */
+#define DECODE_ACCUMULATE NULL
+#define DECODE_SOFTMAX NULL
+#define INPUT_TYPE QKV_BFLOAT16
 #ifndef DEPTH_STEP
 #define DEPTH_STEP 2
 #endif
@@ -75,7 +75,7 @@ INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, 
     for (ptrdiff_t k = (end + 1) / 2; k < padded; k++) v_store(S + k * ld, none);
 }
 
-static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
+static void accumulate_nonfinite(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
                            ptrdiff_t nk, ptrdiff_t Dv, int nvec)
 {
     real *acc = acc_;
@@ -112,14 +112,14 @@ static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t
 
 /* Spans are not used: what they would save is little beside the padding that they would need. */
 static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon)
+                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_prefetch_rows *prefetch)
 {
     const ptrdiff_t rows = (nk + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
     const ptrdiff_t pairs = (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
-    qkv_rows lists[2];
+    qkv_prefetch_rows lists[2];
     (void)span;
-    if (soon) { /* two loops, as for reals */
-        memcpy(lists, soon, sizeof lists);
+    if (prefetch) { /* two loops, as for reals */
+        memcpy(lists, prefetch, sizeof lists);
         product(S, Qt, K, k_stride, 4, rows, pairs, nvec, NULL, NULL, 1, lists);
     } else {
         product(S, Qt, K, k_stride, 4, rows, pairs, nvec, NULL, NULL, 1, NULL);
@@ -127,9 +127,9 @@ static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, p
 }
 
 static void accumulate(void *acc, const void *P, const char *Vt, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span)
+                       ptrdiff_t Dv, int nvec, const void *rescale, const qkv_span *span)
 {
     (void)span;
     product(acc, P, Vt, v_stride, 4, (Dv + ROW_STEP - 1) / ROW_STEP * ROW_STEP,
-            (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, decay, NULL, 0, NULL);
+            (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2, nvec, rescale, NULL, 0, NULL);
 }

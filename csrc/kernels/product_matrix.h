@@ -83,12 +83,12 @@ INLINE void matrix_rows(real *C, const real *B, ptrdiff_t ld, const char *A, ptr
     }
 }
 
-/* C[rows][:] *= decay[:], unless that is 1 in every lane. */
-INLINE void rescale(real *C, ptrdiff_t rows, int nvec, const real *decay)
+/* C[rows][:] *= rescale[:], unless that is 1 in every lane. */
+INLINE void rescale_rows(real *C, ptrdiff_t rows, int nvec, const real *rescale)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0; v < nvec; v++) {
-        const vec factor = v_load(decay + v * LANES);
+        const vec factor = v_load(rescale + v * LANES);
         if (v_le_bits(v_set1(1), factor) == ALL_LANES) continue;
         for (ptrdiff_t r = 0; r < rows; r++) {
             real *c = C + r * ld + v * LANES;
@@ -97,22 +97,22 @@ INLINE void rescale(real *C, ptrdiff_t rows, int nvec, const real *decay)
     }
 }
 
-/* C[rows][ld] = C * decay + A[rows][red] * B[red][ld]; rows a multiple of 16, red, in pairs of
+/* C[rows][ld] = C * rescale + A[rows][red] * B[red][ld]; rows a multiple of 16, red, in pairs of
  * bfloat16, of 16; a_red is 4. Nothing is fetched: that gains little from memory,
  * and costs in the caches. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *decay, const qkv_span *span, const int is_scores, qkv_rows *soon)
+                    const real *rescale, const qkv_span *span, const int is_scores, qkv_prefetch_rows *prefetch)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES, steps = red / 16;
-    (void)a_red, (void)span, (void)is_scores, (void)soon;
-    if (decay) rescale(C, rows, nvec, decay);
+    (void)a_red, (void)span, (void)is_scores, (void)prefetch;
+    if (rescale) rescale_rows(C, rows, nvec, rescale);
     __asm__ volatile("" ::: "memory"); /* before the unit reads it */
-    if (!decay && steps == 2 && nvec == 2) {
+    if (!rescale && steps == 2 && nvec == 2) {
         matrix_rows(C, B, ld, A, a_row, rows, 1);
         return;
     }
-    if (!decay && steps == 1 && nvec == 2) {
+    if (!rescale && steps == 1 && nvec == 2) {
         matrix_rows(C, B, ld, A, a_row, rows, 0);
         return;
     }
@@ -121,7 +121,7 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
         for (int v = 0; v < nvec; v += 2) {
             real *c = C + v * LANES;
             const real *b = B + v * LANES;
-            const int add = decay != NULL;
+            const int add = rescale != NULL;
             switch (2 * two_rows + (nvec - v > 1)) {
             case 0: matrix_tile(0, 0, c, b, ld, A, a_row, steps, add); break;
             case 1: matrix_tile(0, 1, c, b, ld, A, a_row, steps, add); break;

@@ -86,7 +86,7 @@ void qkv_copy_row16(void *row, const char *src, ptrdiff_t n, ptrdiff_t stride, i
         for (ptrdiff_t i = 0; i < n; i++) to[i] = load16(src + i * stride, swapped);
 }
 
-void qkv_clear_odd(void *row, int type, ptrdiff_t n)
+void qkv_zero_nonfinite(void *row, int type, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
         if (type == QKV_BFLOAT16 && (((uint16_t *)row)[i] & 0x7f80u) == 0x7f80u)

@@ -2,19 +2,19 @@
  * once, in the type that it is stored in, and widened in registers. Included by tile_tmpl.h for
  * reals. S and P have the layout of tiles; Q and acc are [rows][stride].
  *
- * Such work waits for memory. Rows are asked for AHEAD bytes before they are needed: a line at a time
+ * Such work waits for memory. Rows are asked for PREFETCH_DISTANCE bytes before they are needed: a line at a time
  * beside the arithmetic, in several rows at once. On two cores of a Granite Rapids Xeon, as shares of
  * the speed of a plain read, keys and values of size 128: 2 KiB ahead 0.81-0.92, 4 KB 0.83-0.96,
  * 6000 bytes 0.92-0.98; int8 3000 bytes 0.83, 6000 0.75; every other line alone 0.5-0.8; whole groups
  * of 4 KiB ahead 0.1 less on bfloat16. */
-#define AHEAD(type) (BYTES_OF(type) == 1 ? 3000 : 6000)
+#define PREFETCH_DISTANCE(type) (BYTES_OF(type) == 1 ? 3000 : 6000)
 
-#ifndef FEW_SUMS
-#define FEW_SUMS 8 /* registers for the accumulators of values */
+#ifndef DECODE_SUMS
+#define DECODE_SUMS 8 /* registers for the accumulators of values */
 #endif
 #define FEW_MOST (LANES < 4 ? LANES : 4) /* rows that go together */
-#define FEW_STEP(rows, type) ((rows) > 2 && BYTES_OF(type) < 4 ? 2 : 4) /* values that do */
-#define FEW_VALUES(type) (BYTES_OF(type) < 4 ? 16 : 8) /* that stay in L1 for all rows */
+#define DECODE_STEP(rows, type) ((rows) > 2 && BYTES_OF(type) < 4 ? 2 : 4) /* values that do */
+#define DECODE_VALUES(type) (BYTES_OF(type) < 4 ? 16 : 8) /* that stay in L1 for all rows */
 
 #if REAL_BITS == 32
 #define BY_TYPE(type, DO) /* DO with the element type as a constant */                           \
@@ -33,8 +33,8 @@
 /* Keys between one and the one to ask for: a multiple of FEW_MOST. */
 INLINE ptrdiff_t keys_ahead(ptrdiff_t length, int type)
 {
-    const ptrdiff_t most = (QKV_GROUPS_AHEAD - 1) * QKV_GROUP;
-    const ptrdiff_t keys = AHEAD(type) / (length > 0 ? length * BYTES_OF(type) : 1);
+    const ptrdiff_t most = (QKV_KEY_RUNS_AHEAD - 1) * QKV_KEY_RUN;
+    const ptrdiff_t keys = PREFETCH_DISTANCE(type) / (length > 0 ? length * BYTES_OF(type) : 1);
     return keys < FEW_MOST ? FEW_MOST : keys < most ? keys / FEW_MOST * FEW_MOST : most;
 }
 
@@ -42,7 +42,7 @@ INLINE ptrdiff_t keys_ahead(ptrdiff_t length, int type)
  * that: in rows that fill lines and pages, the order of its lines is then the same in each page,
  * and one that the hardware's own prefetching goes well with. (Granite Rapids, 16-bit keys of size
  * 128 that begin 64 bytes into a page: 0.70 of a plain read without, 0.80 with it.) */
-INLINE ptrdiff_t misplaced(const char *rows, ptrdiff_t stride, ptrdiff_t length, int type)
+INLINE ptrdiff_t alignment_offset(const char *rows, ptrdiff_t stride, ptrdiff_t length, int type)
 {
     const ptrdiff_t bytes = FEW_MOST * stride;
     if (bytes <= 0 || stride != length * BYTES_OF(type) || bytes & (bytes - 1)) return 0;
@@ -51,7 +51,7 @@ INLINE ptrdiff_t misplaced(const char *rows, ptrdiff_t stride, ptrdiff_t length,
 
 INLINE const char *key_at(const char *const *groups, ptrdiff_t stride, size_t i)
 {
-    return groups[i / QKV_GROUP] + (ptrdiff_t)(i % QKV_GROUP) * stride;
+    return groups[i / QKV_KEY_RUN] + (ptrdiff_t)(i % QKV_KEY_RUN) * stride;
 }
 
 #ifndef HAVE_SUM_EACH
@@ -68,7 +68,7 @@ INLINE vec v_sum_each(vec x[LANES])
 /* LANES scores at a time: `rows` rows with LANES / rows keys, of which `live` are wanted; further:
  * the key of `groups` to prefetch beside the first one, from `back` bytes before it on, unless groups
  * is NULL. A score's sum does not depend on where it is computed. */
-INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t ld, const real *Q,
+INLINE void decode_scores_tile(const int rows, const int type, real *S, ptrdiff_t ld, const real *Q,
                             ptrdiff_t q_stride, const char *K, ptrdiff_t k_stride, int live,
                             ptrdiff_t D, const char *const *groups, ptrdiff_t further,
                             ptrdiff_t back)
@@ -109,24 +109,24 @@ INLINE void few_scores_tile(const int rows, const int type, real *S, ptrdiff_t l
             memcpy(S + k * ld, part + k * rows, (size_t)rows * sizeof(real));
 }
 
-INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, ptrdiff_t q_stride,
+INLINE void decode_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, ptrdiff_t q_stride,
                           const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
                           int rows)
 {
     const ptrdiff_t further = keys_ahead(D, type);
-    const ptrdiff_t back = misplaced(K[0], k_stride, D, type);
-    for (; nk > 0; nk -= QKV_GROUP, K++, S += QKV_GROUP * ld) {
-        const ptrdiff_t end = nk < QKV_GROUP ? nk : QKV_GROUP;
+    const ptrdiff_t back = alignment_offset(K[0], k_stride, D, type);
+    for (; nk > 0; nk -= QKV_KEY_RUN, K++, S += QKV_KEY_RUN * ld) {
+        const ptrdiff_t end = nk < QKV_KEY_RUN ? nk : QKV_KEY_RUN;
         int r = 0;
 #define ROWS(n)                                                                                  \
     do {                                                                                         \
         ptrdiff_t i = 0;                                                                         \
         for (; i + LANES / (n) <= end; i += LANES / (n))                                         \
-            few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
+            decode_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
                             K[0] + i * k_stride, k_stride, LANES / (n), D, r ? NULL : K,         \
                             further + i, back);                                                  \
         for (; i < end; i++) /* the same key in all places */                                    \
-            few_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
+            decode_scores_tile(n, type, S + i * ld + r, ld, Q + r * q_stride, q_stride,             \
                             K[0] + i * k_stride, 0, 1, D, NULL, 0, 0);                           \
         r += n;                                                                                  \
     } while (0)
@@ -137,11 +137,11 @@ INLINE void few_scores_of(const int type, real *S, ptrdiff_t ld, const real *Q, 
     }
 }
 
-static void few_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
+static void decode_scores(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
                        const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
                        int rows, int type)
 {
-#define TYPE(t) few_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows)
+#define TYPE(t) decode_scores_of(t, S, ld, Q, q_stride, K, k_stride, nk, D, rows)
     BY_TYPE(type, TYPE)
 #undef TYPE
 }
@@ -159,7 +159,7 @@ INLINE vec v_repeat(const float *x, int times)
 /* The softmax of tiles (tile_tmpl.h) where S[k] is ld reals, ld a power of 2: a lane stands for a row
  * and every LANES / ld-th key, and what those lanes found is put together in the end. Scores are
  * multiplied by key_factors before, weights by value_factors afterwards, unless those are NULL. */
-static void few_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_factors,
+static void decode_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_factors,
                         const float *value_factors, void *row_max, void *row_sum, void *decay_)
 {
     real *S = S_, lane[2 * LANES];
@@ -175,7 +175,7 @@ static void few_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_factors
         for (int i = 0; i < n; i++) lane[i] = lane[i + n] > lane[i] ? lane[i + n] : lane[i];
     for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
     const vec before = v_load(row_max), top = v_max(v_load(lane), before);
-    const vec decay = exp2_nonpositive(v_sub(before, top), 0);
+    const vec rescale = exp2_nonpositive(v_sub(before, top), 0);
     v_store(lane, top);
     for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
     const vec each = v_load(lane);
@@ -187,21 +187,21 @@ static void few_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_factors
     v_store(lane, total);
     for (int n = LANES / 2; n >= ld; n /= 2)
         for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-    v_store(row_sum, v_fma(v_load(row_sum), decay, v_load(lane)));
+    v_store(row_sum, v_fma(v_load(row_sum), rescale, v_load(lane)));
     v_store(row_max, top);
-    v_store(decay_, decay);
+    v_store(decay_, rescale);
 }
 
-/* acc[r][0..nv) = acc * decay + sum_k P[k][r] V[k]; `some` > 0: elements of the only vector.
+/* acc[r][0..nv) = acc * rescale + sum_k P[k][r] V[k]; `some` > 0: elements of the only vector.
  * The vectors begin `first` bytes into their rows. */
-INLINE void few_accumulate_tile(const int rows, const int nv, const int type, const int partial,
+INLINE void decode_accumulate_tile(const int rows, const int nv, const int type, const int partial,
                                 real *acc, ptrdiff_t acc_stride, const real *P, ptrdiff_t ld,
-                                const char *V, ptrdiff_t v_stride, ptrdiff_t nk, const real *decay,
+                                const char *V, ptrdiff_t v_stride, ptrdiff_t nk, const real *rescale,
                                 const ptrdiff_t some, const char *const *groups,
                                 ptrdiff_t further, ptrdiff_t first)
 {
     const ptrdiff_t at[4] = {0, v_stride, 2 * v_stride, 3 * v_stride};
-    vec c[FEW_SUMS];
+    vec c[DECODE_SUMS];
     UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
 #define KEYS(n)                                                                                  \
     do {                                                                                         \
@@ -227,12 +227,12 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
         further += n;                                                                            \
     } while (0)
     ptrdiff_t left = nk;
-    for (; left >= FEW_STEP(rows, type); left -= FEW_STEP(rows, type))
-        KEYS(FEW_STEP(rows, type));
+    for (; left >= DECODE_STEP(rows, type); left -= DECODE_STEP(rows, type))
+        KEYS(DECODE_STEP(rows, type));
     for (; left > 0; left--) KEYS(1);
 #undef KEYS
     UNROLL for (int r = 0; r < rows; r++) {
-        const vec factor = v_set1(decay ? decay[r] : 1);
+        const vec factor = v_set1(rescale ? rescale[r] : 1);
         UNROLL for (int v = 0; v < nv; v++) {
             real *a = acc + r * acc_stride + v * LANES;
             v_store(a, v_fma(v_load(a), factor, c[r * nv + v]));
@@ -240,17 +240,17 @@ INLINE void few_accumulate_tile(const int rows, const int nv, const int type, co
     }
 }
 
-INLINE void few_accumulate_rows(const int rows, const int type, const int partial, real *acc,
+INLINE void decode_accumulate_rows(const int rows, const int type, const int partial, real *acc,
                                 ptrdiff_t acc_stride, const real *P, ptrdiff_t ld, const char *V,
-                                ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, const real *decay,
+                                ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, const real *rescale,
                                 const char *const *groups, ptrdiff_t further, ptrdiff_t back)
 {
-    const int most = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
+    const int most = DECODE_SUMS / rows < 8 ? DECODE_SUMS / rows : 8;
     ptrdiff_t d = 0;
 #define COLUMNS(nv, some)                                                                        \
     do {                                                                                         \
-        few_accumulate_tile(rows, nv, type, partial, acc + d, acc_stride, P, ld,                 \
-                            V + d * BYTES_OF(type), v_stride, nk, decay, some, groups, further,  \
+        decode_accumulate_tile(rows, nv, type, partial, acc + d, acc_stride, P, ld,                 \
+                            V + d * BYTES_OF(type), v_stride, nk, rescale, some, groups, further,  \
                             d * BYTES_OF(type) - back);                                          \
         d += (nv) * LANES;                                                                       \
     } while (0)
@@ -262,23 +262,23 @@ INLINE void few_accumulate_rows(const int rows, const int type, const int partia
 #undef COLUMNS
 }
 
-INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrdiff_t acc_stride,
+INLINE void decode_accumulate_of(const int type, const int partial, real *acc, ptrdiff_t acc_stride,
                               const real *P, ptrdiff_t ld, const char *const *V,
                               ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv, int rows,
-                              const real *decay)
+                              const real *rescale)
 {
     const ptrdiff_t further = keys_ahead(Dv, type);
-    const ptrdiff_t back = misplaced(V[0], v_stride, Dv, type);
-    for (ptrdiff_t k = 0; k < nk; k += FEW_VALUES(type)) {
-        const ptrdiff_t n = nk - k < FEW_VALUES(type) ? nk - k : FEW_VALUES(type);
-        const char *const *group = V + k / QKV_GROUP;
-        const ptrdiff_t at = k % QKV_GROUP;
+    const ptrdiff_t back = alignment_offset(V[0], v_stride, Dv, type);
+    for (ptrdiff_t k = 0; k < nk; k += DECODE_VALUES(type)) {
+        const ptrdiff_t n = nk - k < DECODE_VALUES(type) ? nk - k : DECODE_VALUES(type);
+        const char *const *group = V + k / QKV_KEY_RUN;
+        const ptrdiff_t at = k % QKV_KEY_RUN;
         int r = 0;
 #define ROWS(count)                                                                              \
     do {                                                                                         \
-        few_accumulate_rows(count, type, partial, acc + r * acc_stride, acc_stride,              \
+        decode_accumulate_rows(count, type, partial, acc + r * acc_stride, acc_stride,              \
                             P + k * ld + r, ld, group[0] + at * v_stride, v_stride, n, Dv,       \
-                            decay && k == 0 ? decay + r : NULL, r ? NULL : group, further + at,  \
+                            rescale && k == 0 ? rescale + r : NULL, r ? NULL : group, further + at,  \
                             back);                                                               \
         r += count;                                                                              \
     } while (0)
@@ -289,12 +289,12 @@ INLINE void few_accumulate_of(const int type, const int partial, real *acc, ptrd
     }
 }
 
-static void few_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
+static void decode_accumulate(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
                            const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
-                           int rows, const void *decay, int partial, int type)
+                           int rows, const void *rescale, int partial, int type)
 {
 #define OF(t, some)                                                                              \
-    few_accumulate_of(t, some, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, decay)
+    decode_accumulate_of(t, some, acc, acc_stride, P, ld, V, v_stride, nk, Dv, rows, rescale)
 #define TYPE(t)                                                                                  \
     do {                                                                                         \
         if (partial)                                                                             \

@@ -1,7 +1,7 @@
 /* Which tile tables this build has, and which of them the machine can run: the CPU must have
  * every feature that a table's target names, and the operating system must save the registers. */
-#include "convert.h"
-#include "tile_kernels.h"
+#include "../runtime/convert.h"
+#include "../kernels/kernels.h"
 
 static int always(void) { return 1; }
 
@@ -57,7 +57,7 @@ static int runs_avx512bf16(void)
 
 /* Intel's vdpbf16ps does half the operations of its float32 multiply-adds in a cycle (Granite Rapids:
  * 107 to 215 GFLOP/s, python -m qkv_fast bench), AMD's twice as many (Zen 4, docs/architecture.md). */
-static int pays_avx512bf16(void)
+static int is_profitable_avx512bf16(void)
 {
     unsigned a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b != signature_INTEL_ebx;
@@ -84,7 +84,7 @@ static const struct {
     const char *name;
     const qkv_tile_kernels *f32, *f64, *bf16;
     int (*runs)(void);
-    int (*pays)(void);
+    int (*is_profitable)(void);
 } tables[] = {
     {"scalar", &qkv_tile_kernels_f32_scalar, &qkv_tile_kernels_f64_scalar, NULL, always, always},
 #if defined(__x86_64__)
@@ -92,7 +92,7 @@ static const struct {
     {"avx512", &qkv_tile_kernels_f32_avx512, &qkv_tile_kernels_f64_avx512, NULL, runs_avx512,
      always},
     {"avx512bf16", &qkv_tile_kernels_f32_avx512, &qkv_tile_kernels_f64_avx512,
-     &qkv_tile_kernels_bf16_avx512bf16, runs_avx512bf16, pays_avx512bf16},
+     &qkv_tile_kernels_bf16_avx512bf16, runs_avx512bf16, is_profitable_avx512bf16},
     {"amx", &qkv_tile_kernels_f32_avx512, &qkv_tile_kernels_f64_avx512, &qkv_tile_kernels_bf16_amx,
      runs_amx, always},
 #endif
@@ -105,10 +105,10 @@ const char *qkv_isa_name(int index)
     return index >= 0 && index < COUNT ? tables[index].name : NULL;
 }
 
-const qkv_tile_kernels *qkv_tile_table(int index, int operand)
+const qkv_tile_kernels *qkv_tile_table(int index, int input_type)
 {
     if (index < 0 || index >= COUNT) return NULL;
-    switch (operand) {
+    switch (input_type) {
     case QKV_FLOAT32: return tables[index].f32;
     case QKV_FLOAT64: return tables[index].f64;
     case QKV_BFLOAT16: return tables[index].bf16;
@@ -118,4 +118,4 @@ const qkv_tile_kernels *qkv_tile_table(int index, int operand)
 
 int qkv_isa_runs(int index) { return index >= 0 && index < COUNT && tables[index].runs(); }
 
-int qkv_isa_pays(int index) { return qkv_isa_runs(index) && tables[index].pays(); }
+int qkv_isa_is_profitable(int index) { return qkv_isa_runs(index) && tables[index].is_profitable(); }

@@ -1,12 +1,12 @@
 /* The kernels that touch operands, where an operand is a real: included by tile_tmpl.h. */
-#include "few_rows.h"
+#include "decode_tmpl.h"
 
 #define DEPTH_STEP 1
-#define FEW_SCORES few_scores
-#define FEW_ACCUMULATE few_accumulate
-#define FEW_SOFTMAX few_softmax
+#define DECODE_SCORES decode_scores
+#define DECODE_ACCUMULATE decode_accumulate
+#define DECODE_SOFTMAX decode_softmax
 #define PACK_VALUES NULL
-#define OPERAND (REAL_BITS == 32 ? QKV_FLOAT32 : QKV_FLOAT64)
+#define INPUT_TYPE (REAL_BITS == 32 ? QKV_FLOAT32 : QKV_FLOAT64)
 
 static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double mult)
 {
@@ -38,7 +38,7 @@ INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, 
     for (ptrdiff_t k = end; k < nk; k++) v_store(S + k * ld, v_set1((real)-0.0));
 }
 
-static void accumulate_odd(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
+static void accumulate_nonfinite(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
                            ptrdiff_t nk, ptrdiff_t Dv, int nvec)
 {
     real *acc = acc_;
@@ -73,11 +73,11 @@ static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t
 }
 
 static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon)
+                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_prefetch_rows *prefetch)
 {
-    qkv_rows lists[2];
-    if (soon) { /* two loops: a test in one costs AVX2 2 % */
-        memcpy(lists, soon, sizeof lists);
+    qkv_prefetch_rows lists[2];
+    if (prefetch) { /* two loops: a test in one costs AVX2 2 % */
+        memcpy(lists, prefetch, sizeof lists);
         product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL, span, 1, lists);
     } else {
         product(S, Qt, K, k_stride, sizeof(real), nk, D, nvec, NULL, span, 1, NULL);
@@ -85,7 +85,7 @@ static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, p
 }
 
 static void accumulate(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span)
+                       ptrdiff_t Dv, int nvec, const void *rescale, const qkv_span *span)
 {
-    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, decay, span, 0, NULL);
+    product(acc, P, V, sizeof(real), v_stride, Dv, nk, nvec, rescale, span, 0, NULL);
 }

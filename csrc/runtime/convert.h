@@ -18,7 +18,7 @@ void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdi
 void qkv_copy_row16(void *row, const char *src, ptrdiff_t n, ptrdiff_t stride, int type);
 
 /* Infinities and NaN of row[0..n) become 0; float32, float64 or bfloat16. */
-void qkv_clear_odd(void *row, int type, ptrdiff_t n);
+void qkv_zero_nonfinite(void *row, int type, ptrdiff_t n);
 
 /* The n elements at dst = row[0..n), rounded to nearest even; never byte-swapped. */
 void qkv_write_row(char *dst, const void *row, int real_bytes, ptrdiff_t n, ptrdiff_t stride,

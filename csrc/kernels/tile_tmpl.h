@@ -1,10 +1,10 @@
 /* The tile kernels, written once. Include after a simd/ header, which defines `real`, `vec`,
  * LANES, STRIP (vectors in a register tile) and rows_of(nv), the rows that fill the registers;
  * QKV_TABLE names the table that is exported, QKV_ISA its ISA, QKV_PAIRS that operands are bfloat16,
- * QKV_MATRIX_UNIT that a matrix unit multiplies them. Formulas: tile_kernels.h. */
-#include "convert.h"
-#include "elements.h"
-#include "tile_kernels.h"
+ * QKV_MATRIX_UNIT that a matrix unit multiplies them. Formulas: kernels.h. */
+#include "../runtime/convert.h"
+#include "../runtime/elements.h"
+#include "kernels.h"
 
 #include <string.h>
 
@@ -20,16 +20,16 @@
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
 /* Ask for the next line of both lists. */
-INLINE void fetch_soon(qkv_rows soon[2])
+INLINE void prefetch_next(qkv_prefetch_rows prefetch[2])
 {
     UNROLL for (int i = 0; i < 2; i++) {
-        if (soon[i].count == 0) continue;
-        PREFETCH(soon[i].row + soon[i].at);
-        soon[i].at += CACHE_LINE;
-        if (soon[i].at < soon[i].bytes) continue;
-        soon[i].at = 0;
-        soon[i].row += soon[i].stride;
-        soon[i].count--;
+        if (prefetch[i].count == 0) continue;
+        PREFETCH(prefetch[i].row + prefetch[i].at);
+        prefetch[i].at += CACHE_LINE;
+        if (prefetch[i].at < prefetch[i].bytes) continue;
+        prefetch[i].at = 0;
+        prefetch[i].row += prefetch[i].stride;
+        prefetch[i].count--;
     }
 }
 
@@ -167,9 +167,9 @@ INLINE vec exp2_nonpositive(vec x, const int rough)
 #include "product_lanes.h"
 #endif
 #ifdef QKV_PAIRS
-#include "operands_bf16.h"
+#include "inputs_bf16.h"
 #else
-#include "operands_real.h"
+#include "inputs_real.h"
 #endif
 
 static void scale_keys(void *S_, ptrdiff_t nk, int nvec, const float *factors, int weights)
@@ -212,7 +212,7 @@ static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t
     }
 }
 
-/* Two passes where rows decay: a compiler must not fuse that product with the sum behind it, whose
+/* Two passes where rows rescale: a compiler must not fuse that product with the sum behind it, whose
  * rounding error is found by taking it apart again (Knuth's TwoSum). */
 static void fold(void *total_, void *error_, void *acc_, ptrdiff_t rows, int nvec,
                  const void *decay_, int finish)
@@ -334,7 +334,7 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
     }
 }
 
-static void limit_range(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first_,
+static void mask_positions(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first_,
                         const void *last_)
 {
     const real *first = first_, *last = last_;
@@ -350,7 +350,7 @@ static void limit_range(uint64_t *allow, ptrdiff_t nk, int nvec, const void *fir
 }
 
 /* In 64 keys, a byte holds the bits of eight lanes for a key; then eight bytes are a key's word. */
-static void limit_mask(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
+static void mask_bool(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
                        ptrdiff_t stride)
 {
     const int count = nvec * LANES;
@@ -379,7 +379,7 @@ static void limit_mask(uint64_t *allow, ptrdiff_t nk, int nvec, const char *cons
 
 INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
                           const uint64_t *allow, const qkv_span *span, real factor,
-                          real *row_max, real *row_sum, real *decays)
+                          real *row_max, real *row_sum, real *rescales)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     const vec lowest = v_set1(-REAL_INF), minus_zero = v_set1((real)-0.0), mult = v_set1(factor);
@@ -396,7 +396,7 @@ INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
         for (; k < end; k++) part[0] = v_max(part[0], SCORE(k));
         const vec best = v_max(v_max(part[0], part[1]), v_max(part[2], part[3]));
         const vec before = v_load(row_max + lane), top = v_max(v_mul(best, mult), before);
-        const vec decay = exp2_nonpositive(v_sub(before, top), 0), below = v_sub(v_set1(0), top);
+        const vec rescale = exp2_nonpositive(v_sub(before, top), 0), below = v_sub(v_set1(0), top);
 
         vec sum[4] = {v_set1(0), v_set1(0), v_set1(0), v_set1(0)};
         for (k = begin; k < end; k += 4) {
@@ -426,20 +426,20 @@ INLINE void softmax_block(const int masked, real *S, ptrdiff_t nk, int nvec,
 #undef SCORE
 #undef WEIGHT
         fill_weights(S, ld, begin, end, nk);
-        v_store(row_sum + lane, v_fma(v_load(row_sum + lane), decay, total));
+        v_store(row_sum + lane, v_fma(v_load(row_sum + lane), rescale, total));
         v_store(row_max + lane, top);
-        v_store(decays + lane, decay);
+        v_store(rescales + lane, rescale);
     }
 }
 
 static void softmax(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, const qkv_span *span,
-                    double factor, void *row_max, void *row_sum, void *decay)
+                    double factor, void *row_max, void *row_sum, void *rescale)
 {
     const real mult = (real)factor;
     if (allow)
-        softmax_block(1, S, nk, nvec, allow, span, mult, row_max, row_sum, decay);
+        softmax_block(1, S, nk, nvec, allow, span, mult, row_max, row_sum, rescale);
     else
-        softmax_block(0, S, nk, nvec, allow, span, mult, row_max, row_sum, decay);
+        softmax_block(0, S, nk, nvec, allow, span, mult, row_max, row_sum, rescale);
 }
 
 #if REAL_BITS == 32
@@ -492,7 +492,7 @@ static void narrow(char *dst, const void *row_, ptrdiff_t n, int type)
 const qkv_tile_kernels QKV_TABLE = {
     .isa = QKV_ISA,
     .real_bytes = sizeof(real),
-    .operand = OPERAND,
+    .input_type = INPUT_TYPE,
     .lanes = LANES,
     .tile_q = TILE_Q,
     .depth_step = DEPTH_STEP,
@@ -506,18 +506,18 @@ const qkv_tile_kernels QKV_TABLE = {
     .softcap = softcap,
     .alibi = alibi,
     .bias = bias,
-    .limit_range = limit_range,
-    .limit_mask = limit_mask,
+    .mask_positions = mask_positions,
+    .mask_bool = mask_bool,
     .softmax = softmax,
     .accumulate = accumulate,
-    .accumulate_odd = accumulate_odd,
+    .accumulate_nonfinite = accumulate_nonfinite,
     .scale_keys = scale_keys,
     .all_finite = all_finite,
     .store_rows = store_rows,
     .fold = fold,
-    .few_scores = FEW_SCORES,
-    .few_softmax = FEW_SOFTMAX,
-    .few_accumulate = FEW_ACCUMULATE,
+    .decode_scores = DECODE_SCORES,
+    .decode_softmax = DECODE_SOFTMAX,
+    .decode_accumulate = DECODE_ACCUMULATE,
     .widen = WIDEN,
     .narrow = NARROW,
     .fma_chain = fma_chain,

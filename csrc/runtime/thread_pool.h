@@ -22,7 +22,7 @@ void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t 
                    int threads);
 
 /* A call has begun that will have tasks soon: workers that are still awake wait for it. */
-void qkv_announce_job(void);
+void qkv_notify_call_start(void);
 
 /* Whether this process was forked from one that had loaded the library. */
 int qkv_forked(void);

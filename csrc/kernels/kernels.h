@@ -24,23 +24,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QKV_GROUP 16       /* keys that few_rows.h wants side by side */
-#define QKV_GROUPS_AHEAD 4 /* of which it asks where the next ones lie */
+#define QKV_KEY_RUN 16       /* keys that decode_tmpl.h wants side by side */
+#define QKV_KEY_RUNS_AHEAD 4 /* of which it asks where the next ones lie */
 
 typedef struct {
     int begin, end;
 } qkv_span;
 
-/* Rows that are wanted soon: so many, of so many bytes, the first of them from its byte `at` on. */
+/* Rows to prefetch: so many, of so many bytes, the first of them from its byte `at` on. */
 typedef struct {
     const char *row;
     ptrdiff_t stride, bytes, count, at;
-} qkv_rows;
+} qkv_prefetch_rows;
 
 typedef struct {
     const char *isa;
     int real_bytes; /* 4: float, 8: double */
-    int operand;    /* QKV_FLOAT32, QKV_FLOAT64 or QKV_BFLOAT16 of convert.h */
+    int input_type;    /* QKV_FLOAT32, QKV_FLOAT64 or QKV_BFLOAT16 of convert.h */
     int lanes;      /* reals in a vector */
     int tile_q;     /* most query rows of a tile; a multiple of lanes, at most 64 */
     int depth_step, row_step;
@@ -59,9 +59,9 @@ typedef struct {
                         ptrdiff_t nk, ptrdiff_t Dv);
 
     /* S[k][:] = sum_d K[k][d] * Qt[d][:], at least inside the span. Meanwhile some tables fetch
-     * the two lists of rows in `soon` into the caches, side by side; NULL: there are none. */
+     * the two lists of rows in `prefetch` into the caches, side by side; NULL: there are none. */
     void (*scores)(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
-                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_rows *soon);
+                   ptrdiff_t D, int nvec, const qkv_span *span, const qkv_prefetch_rows *prefetch);
 
     /* S *= c */
     void (*scale)(void *S, ptrdiff_t nk, int nvec, double c);
@@ -78,28 +78,28 @@ typedef struct {
                  uint64_t *allow);
 
     /* bit i of allow[k] stays set only when first[i] <= k <= last[i]. */
-    void (*limit_range)(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first,
+    void (*mask_positions)(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first,
                         const void *last);
 
     /* bit i of allow[k] stays set only when rows[i][k] is true; `stride` bytes between keys. */
-    void (*limit_mask)(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
+    void (*mask_bool)(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
                        ptrdiff_t stride);
 
     /* One step of the online softmax. allow may be NULL (every lane sees every key, all is needed).
-     *     m' = max(m, max_k factor * S[k]);  P[k] = exp2(factor * S[k] - m');  decay = exp2(m - m')
-     *     l' = l * decay + sum_k P[k]
+     *     m' = max(m, max_k factor * S[k]);  P[k] = exp2(factor * S[k] - m');  rescale = exp2(m - m')
+     *     l' = l * rescale + sum_k P[k]
      * An excluded key gets P = -0.0, which no exp2 gives. m starts at the lowest finite real. */
     void (*softmax)(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, const qkv_span *span,
-                    double factor, void *row_max, void *row_sum, void *decay);
+                    double factor, void *row_max, void *row_sum, void *rescale);
 
-    /* acc[d][:] = acc[d][:] * decay[:] + sum_k V[k][d] * P[k][:]; decay NULL: acc is overwritten.
+    /* acc[d][:] = acc[d][:] * rescale[:] + sum_k V[k][d] * P[k][:]; rescale NULL: acc is overwritten.
      * V is what pack_values made, if it is there. */
     void (*accumulate)(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
-                       ptrdiff_t Dv, int nvec, const void *decay, const qkv_span *span);
+                       ptrdiff_t Dv, int nvec, const void *rescale, const qkv_span *span);
 
     /* acc[d][:] += sum_k V[k][d] * P[k][:] over the infinities and NaN of V alone (never packed),
      * where an excluded key (P = -0.0) adds nothing. */
-    void (*accumulate_odd)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
+    void (*accumulate_nonfinite)(void *acc, const void *P, const char *V, ptrdiff_t v_stride,
                            ptrdiff_t nk, ptrdiff_t Dv, int nvec);
 
     /* S[k][:] *= factors[k]; weights: it is P (of reals), where an excluded key's -0.0 stays. */
@@ -112,30 +112,30 @@ typedef struct {
     void (*store_rows)(char *const *rows, int n, const void *acc, ptrdiff_t Dv, int nvec,
                        const void *weight);
 
-    /* total + error = (total + error) * decay[:] + acc for rows[rows][ld], error being what rounding
+    /* total + error = (total + error) * rescale[:] + acc for rows[rows][ld], error being what rounding
      * takes from total: sums of sums that lose no more the longer they are. finish: acc = total + error,
      * or total where that is not finite. */
-    void (*fold)(void *total, void *error, void *acc, ptrdiff_t rows, int nvec, const void *decay,
+    void (*fold)(void *total, void *error, void *acc, ptrdiff_t rows, int nvec, const void *rescale,
                  int finish);
 
-    /* The kernels for few rows (few_rows.h); NULL where operands are no reals. S and P have rows of
+    /* The decode kernels (decode_tmpl.h); NULL where operands are no reals. S and P have rows of
      * ld reals: whole vectors, so that the kernels above go between these; or for the softmax
      * here, where all rows see all keys, the power of 2 that holds the rows, up to `lanes`.
      * Q and acc are [rows][stride] reals, padded with zeros to whole vectors. K and V are of any
      * `type` that real can hold, with unit stride along their rows; K[i] is where key
-     * i * QKV_GROUP lies and those of its group follow. After the last group come QKV_GROUPS_AHEAD
+     * i * QKV_KEY_RUN lies and those of its group follow. After the last group come QKV_KEY_RUNS_AHEAD
      * addresses of what is wanted next, to be fetched or not.
      *     S[k][r]   = sum_d K[k][d] * Q[r][d]
-     *     acc[r][:] = acc[r][:] * decay[r] + sum_k P[k][r] * V[k][:]; no decay: 1
+     *     acc[r][:] = acc[r][:] * rescale[r] + sum_k P[k][r] * V[k][:]; no rescale: 1
      * partial: some key is excluded from some row. */
-    void (*few_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
+    void (*decode_scores)(void *S, ptrdiff_t ld, const void *Q, ptrdiff_t q_stride,
                        const char *const *K, ptrdiff_t k_stride, ptrdiff_t nk, ptrdiff_t D,
                        int rows, int type);
-    void (*few_softmax)(void *S, ptrdiff_t nk, int ld, const float *key_factors,
-                        const float *value_factors, void *row_max, void *row_sum, void *decay);
-    void (*few_accumulate)(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
+    void (*decode_softmax)(void *S, ptrdiff_t nk, int ld, const float *key_factors,
+                        const float *value_factors, void *row_max, void *row_sum, void *rescale);
+    void (*decode_accumulate)(void *acc, ptrdiff_t acc_stride, const void *P, ptrdiff_t ld,
                            const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
-                           int rows, const void *decay, int partial, int type);
+                           int rows, const void *rescale, int partial, int type);
 
     /* Between n elements of a 16-bit type (or int8, widen alone) and floats, both of unit stride;
      * NULL for double. */
@@ -155,13 +155,13 @@ typedef struct {
 
 /* The tables in this build, weakest ISA first: that ISA's table for an operand type (NULL where it
  * has none of its own), and the ISA's name (NULL past the end). */
-QKV_EXPORT const qkv_tile_kernels *qkv_tile_table(int index, int operand);
+QKV_EXPORT const qkv_tile_kernels *qkv_tile_table(int index, int input_type);
 QKV_EXPORT const char *qkv_isa_name(int index);
 
 /* Whether this CPU and operating system can execute the tables with that index. */
 QKV_EXPORT int qkv_isa_runs(int index);
 
 /* Whether they are also faster than those before them. */
-QKV_EXPORT int qkv_isa_pays(int index);
+QKV_EXPORT int qkv_isa_is_profitable(int index);
 
 #endif

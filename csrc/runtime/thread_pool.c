@@ -215,7 +215,7 @@ static void give(worker *w, job *j)
 
 static ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-void qkv_announce_job(void)
+void qkv_notify_call_start(void)
 {
     atomic_store_explicit(&announced, nanoseconds(), memory_order_relaxed);
 }

@@ -3,15 +3,15 @@
 #define ENTER NULL
 #define LEAVE NULL
 
-/* The register tile of both products: C[r][0..nv) = C * decay + sum_t A[r][t] * B[t][0..nv), where
- * A[r][t] is a real, or a pair of bfloat16, to broadcast at A + r * a_row + t * a_red; no decay: C is
+/* The register tile of both products: C[r][0..nv) = C * rescale + sum_t A[r][t] * B[t][0..nv), where
+ * A[r][t] is a real, or a pair of bfloat16, to broadcast at A + r * a_row + t * a_red; no rescale: C is
  * overwritten. The sum begins at 0, so that its rounding errors don't grow with all that C has
  * taken up before. `rows` and `nv` are constants where this is inlined, so that the accumulators are
- * registers. `soon` is fetched at about the pace at which A is read. (All at once between the
+ * registers. `prefetch` is fetched at about the pace at which A is read. (All at once between the
  * register tiles: a quarter slower from memory.) */
 INLINE void register_tile(const int rows, const int nv, real *C, const real *B, ptrdiff_t ld,
                           const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
-                          ptrdiff_t red, const real *decay, qkv_rows *soon)
+                          ptrdiff_t red, const real *rescale, qkv_prefetch_rows *prefetch)
 {
     const int steps_a_line = 2 * rows * (int)sizeof(real) <= CACHE_LINE ? 2 : 1;
     vec c[24];
@@ -25,11 +25,11 @@ INLINE void register_tile(const int rows, const int nv, real *C, const real *B, 
         }
         A += a_red;
         B += ld;
-        if (soon && t % steps_a_line == 0) fetch_soon(soon);
+        if (prefetch && t % steps_a_line == 0) prefetch_next(prefetch);
     }
-    if (decay) {
+    if (rescale) {
         vec factor[STRIP];
-        UNROLL for (int v = 0; v < nv; v++) factor[v] = v_load(decay + v * LANES);
+        UNROLL for (int v = 0; v < nv; v++) factor[v] = v_load(rescale + v * LANES);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < nv; v++)
                 c[r * nv + v] = v_fma(v_load(C + r * ld + v * LANES), factor[v], c[r * nv + v]);
@@ -45,11 +45,11 @@ INLINE void register_tile(const int rows, const int nv, real *C, const real *B, 
 
 INLINE void strip_product(const int nv, const int most, real *C, const real *B, ptrdiff_t ld,
                           const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
-                          ptrdiff_t rows, ptrdiff_t red, const real *decay, qkv_rows *soon)
+                          ptrdiff_t rows, ptrdiff_t red, const real *rescale, qkv_prefetch_rows *prefetch)
 {
 #define TILE(n)                                                                                  \
     do {                                                                                         \
-        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, decay, soon);                       \
+        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, rescale, prefetch);                       \
         C += (n) * ld, A += (n) * a_row, rows -= (n);                                            \
     } while (0)
     while (rows >= most) TILE(most);
@@ -64,11 +64,11 @@ INLINE void strip_product(const int nv, const int most, real *C, const real *B, 
 /* n <= STRIP vectors. */
 INLINE void some_vectors(int n, real *C, const real *B, ptrdiff_t ld, const char *A,
                          const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
-                         ptrdiff_t red, const real *decay, const int is_scores, qkv_rows *soon)
+                         ptrdiff_t red, const real *rescale, const int is_scores, qkv_prefetch_rows *prefetch)
 {
 #define STRIP_OF(nv)                                                                             \
     strip_product(nv, is_scores ? rows_of(nv) : rows_of_values(nv), C, B, ld, A, a_row, a_red,   \
-                  rows, red, decay, soon)
+                  rows, red, rescale, prefetch)
     switch (n) {
     case 1: STRIP_OF(1); break;
 #if STRIP > 2
@@ -80,16 +80,16 @@ INLINE void some_vectors(int n, real *C, const real *B, ptrdiff_t ld, const char
 #undef STRIP_OF
 }
 
-/* C = C * decay + A * B, at most STRIP vectors at a time. Spans skip only what adds nothing: for
+/* C = C * rescale + A * B, at most STRIP vectors at a time. Spans skip only what adds nothing: for
  * scores rows of C, those that all vectors need being computed together; for values, terms of the
  * sums, for vectors of equal spans together. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *decay, const qkv_span *span, const int is_scores, qkv_rows *soon)
+                    const real *rescale, const qkv_span *span, const int is_scores, qkv_prefetch_rows *prefetch)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0, n; v < nvec; v += n) {
-        const real *by = decay ? decay + v * LANES : NULL;
+        const real *by = rescale ? rescale + v * LANES : NULL;
         int begin = 0, end = (int)(is_scores ? rows : red);
         n = nvec - v < STRIP ? nvec - v : STRIP;
         if (span && is_scores) {
@@ -106,10 +106,10 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
                 const ptrdiff_t from = end > first ? end : first;
                 if (before > 0)
                     some_vectors(1, c + first * ld, b, ld, A + first * a_row, a_row, a_red, before,
-                                 red, by, 1, soon);
+                                 red, by, 1, prefetch);
                 if (last > from)
                     some_vectors(1, c + from * ld, b, ld, A + from * a_row, a_row, a_red,
-                                 last - from, red, by, 1, soon);
+                                 last - from, red, by, 1, prefetch);
             }
         } else if (span) {
             begin = span[v].begin, end = span[v].end;
@@ -118,7 +118,7 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
         }
         if (is_scores)
             some_vectors(n, C + v * LANES + begin * ld, B + v * LANES, ld, A + begin * a_row,
-                         a_row, a_red, end - begin, red, by, 1, soon);
+                         a_row, a_red, end - begin, red, by, 1, prefetch);
         else
             some_vectors(n, C + v * LANES, B + v * LANES + begin * ld, ld, A + begin * a_red,
                          a_row, a_red, rows, end - begin, by, 0, NULL);
