@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from helpers import make, normal
+from helpers import make, normal, run_python
 
 import qkv_fast
+from qkv_fast import _backend
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 
@@ -29,6 +30,23 @@ def test_empty_axes(engine, rng, shape):
     assert out.shape == (*q.shape[:-1], v.shape[-1])
     assert not out.any()
     np.testing.assert_allclose(lse, oracle.attention(q, k, v)[1], atol=1e-5)
+
+
+EMPTY = """
+import numpy as np, qkv_fast
+x = np.broadcast_to(np.float32(1), (1 << 36, 2, 0, 4))
+out, lse = qkv_fast.scaled_dot_product_attention(x, x, x, return_lse=True)
+print(out.shape, lse.shape)
+"""
+
+
+@pytest.mark.parametrize("name", ["native", "python"])
+def test_an_empty_result_of_many_batch_entries_comes_at_once(name):
+    """To walk over all of them would take longer than `run_python` waits."""
+    if name == "native" and _backend.why_not_native():
+        pytest.skip("no native engine")
+    done = run_python(EMPTY, QKV_FAST_BACKEND=name)
+    assert done.stdout.strip() == "(68719476736, 2, 0, 4) (68719476736, 2, 0)", done.stderr
 
 
 @pytest.mark.parametrize("how", ["bool", "-inf", "key_lengths", "causal", "window"])
