@@ -25,6 +25,13 @@ import build_support
 
 PACKAGE = "qkv_fast"
 OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
+# Each C file is linked into one module: src/qkv_fast/_native/kernels.pxd.
+C_SOURCES = {
+    "isa": sorted(glob("csrc/isa/*.c") + glob("csrc/kernels/*.c") + glob("csrc/simd/*.c")),
+    "parallel": ["csrc/runtime/thread_pool.c"],
+    "rows": ["csrc/runtime/convert.c"],
+    "tuning": ["csrc/runtime/caches.c"],
+}
 OBJECTS = "build/objects"  # stays when pip's temporary folders go: build_support.BuildCache
 
 
@@ -35,15 +42,15 @@ def extensions():
     flags += ["-fopenmp"] * OPENMP
     return [
         Extension(
-            f"{PACKAGE}._engine",
-            [f"src/{PACKAGE}/_engine.pyx", *sorted(glob("csrc/*/*.c"))],
+            f"{PACKAGE}._native.{Path(pyx).stem}",
+            [pyx, *C_SOURCES.get(Path(pyx).stem, [])],
             depends=glob("csrc/*/*.h"),
             include_dirs=["csrc"],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
             extra_compile_args=flags,
             extra_link_args=["-pthread"] + ["-fopenmp"] * OPENMP,
-        ),
-        Extension(f"{PACKAGE}._blas", [f"src/{PACKAGE}/_blas.pyx"], extra_compile_args=flags),
+        )
+        for pyx in sorted(glob(f"src/{PACKAGE}/_native/*.pyx"))
     ]
 
 

@@ -19,7 +19,7 @@ folder=${1:-$(mktemp -d)}
 [ $# -gt 0 ] && shift
 [ $# -gt 0 ] || set -- --seed 0 --cases 500
 
-if ! ls "$folder"/src/qkv_fast/_engine*.so >/dev/null 2>&1; then
+if ! ls "$folder"/src/qkv_fast/_native/engine*.so >/dev/null 2>&1; then
     mkdir -p "$folder"
     (cd "$root" && tar cf - --exclude='*.so' --exclude='__pycache__' csrc src tests setup.py build_support.py \
         pyproject.toml README.md LICENSE MANIFEST.in) | tar xf - -C "$folder"

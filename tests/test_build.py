@@ -232,9 +232,12 @@ def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     package = tmp_path / "src" / "qkv_fast"
     (package / "bench").mkdir(parents=True)
     (package / "__init__.py").write_text('__version__ = "1.0"\n')
-    for name in ("_engine.pyx", "_blas.pyx"):
-        (package / name).write_text("x = 1\n")
-    (package / f"_engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # an earlier build's
+    native = package / "_native"
+    native.mkdir()
+    (native / "__init__.py").touch()
+    for name in ("engine.pyx", "blas.pyx"):
+        (native / name).write_text("x = 1\n")
+    (native / f"engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # an earlier build's
 
     def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("QKV_FAST_")}
@@ -256,8 +259,8 @@ def test_wheel_holds_the_extensions(small_copy: Callable, tmp_path: Path) -> Non
     [wheel] = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for module in ("_engine", "_blas"):
-        assert f"qkv_fast/{module}{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    for module in ("engine", "blas"):
+        assert f"qkv_fast/_native/{module}{sysconfig.get_config_var('EXT_SUFFIX')}" in names
 
 
 def test_without_compiler_the_reason_is_noted(small_copy: Callable, tmp_path: Path) -> None:
@@ -265,7 +268,7 @@ def test_without_compiler_the_reason_is_noted(small_copy: Callable, tmp_path: Pa
     assert build.returncode == 0
     package = tmp_path / "src" / "qkv_fast"
     assert "no-such-cc" in (package / "_build_info.json").read_text(encoding="utf-8")
-    assert not list(package.glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+    assert not list(package.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
 
 
 def test_without_compiler_a_required_extension_fails(small_copy: Callable) -> None:

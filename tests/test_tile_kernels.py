@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("qkv_fast._engine", reason="no native engine")
+pytest.importorskip("qkv_fast._native", reason="no native engine")
 pytest.importorskip("ml_dtypes")
 
 import ml_dtypes

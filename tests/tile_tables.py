@@ -56,9 +56,9 @@ class Table(ctypes.Structure):
 
 def tables(operand: int) -> list[Table]:
     """Return the tables of an element type that this machine can execute, weakest first."""
-    from qkv_fast import _engine
+    from qkv_fast._native import isa
 
-    library = ctypes.CDLL(_engine.__file__)
+    library = ctypes.CDLL(isa.__file__)
     library.qkv_tile_table.restype = ctypes.POINTER(Table)
     library.qkv_isa_name.restype = ctypes.c_char_p
     found: list[Table] = []

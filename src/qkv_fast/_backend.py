@@ -235,7 +235,7 @@ def _load_native() -> ModuleType | None:
     if _native is None and not _native_error:
         try:
             with _short_spin():
-                _native = importlib.import_module("qkv_fast._engine")
+                _native = importlib.import_module("qkv_fast._native")
         except ImportError as error:
             _native_error = build_facts().get("reason") or str(error)
     return _native

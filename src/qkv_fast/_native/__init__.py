@@ -1,0 +1,43 @@
+"""Engine "native", in Cython over the C kernels of csrc/. Imports point down only.
+
+    engine          run(): a call, and its scratch
+      plan          Problem -> Plan: views, block sizes, tasks, scratch layout
+      schedule      batch entries -> tasks
+        prefill     many query rows: tiles over blocks of keys
+        decode      few query rows: splits of the keys, heads interleaved
+          query_tile      the rows of a tile of queries
+          scores          visibility and score modifiers
+          softmax_state   (row_max, row_sum, acc): weighing, folding, merging
+          rows, key_runs  key and value rows: in pages or not, gathered, prefetched
+      parallel      threads and signals
+      isa, blas     kernel tables: SIMD's, and those with SciPy's GEMM
+    probes          what the machine can do at most, for benchmarks
+
+    types.pxd       the structures that these hand to each other
+    tuning.pxd      every tuned number, with the benchmark that chose it
+    kernels.pxd     the C headers
+"""
+
+from .engine import describe, load_blas, run
+from .isa import best_isa, compiler, isas, table_bytes
+from .parallel import announce, threading
+from .probes import fma_peak, read_bandwidth, read_once
+
+__all__ = [
+    "announce",
+    "best_isa",
+    "describe",
+    "fma_peak",
+    "info",
+    "isas",
+    "load_blas",
+    "read_bandwidth",
+    "read_once",
+    "run",
+    "table_bytes",
+]
+
+
+def info() -> dict[str, str]:
+    """Return facts about this build, for show_config()."""
+    return {"compiler": compiler(), "threading": threading()}

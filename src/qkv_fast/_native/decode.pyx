@@ -1,0 +1,240 @@
+"""Decode: few query rows, a head's vector in vector lanes, keys split among tasks.
+
+Reading keys and values is what takes the time, so the kernels read each once for all rows of its KV
+group, in the type that it is stored in, and in the order of memory:
+
+- A task is KV_SPLIT keys of up to MAX_HEADS heads. Each head has a tile of its own.
+- Where the keys of a head lie between those of others, the heads are interleaved: a task
+  reads plan.adjacent_keys keys of each head, then the next ones, until after interleave_span
+  keys all heads are equally far.
+- The task that ends last merges the partial states of a head's splits, in the order of the keys.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memset
+
+from .kernels cimport QKV_KEY_RUN
+from .key_runs cimport KeyRuns, find_interleaved_runs, load_key_runs
+from .parallel cimport look_for_signals
+from .query_tile cimport place_tile
+from .rows cimport load_key_scales, load_value_scales, read_reals, write_row
+from .scores cimport find_visibility, modify_scores
+from .softmax_state cimport finish_state, merge_partials, save_partial, weigh_scores
+from .tuning cimport KV_SPLIT, MAX_HEADS
+from .types cimport (
+    HeadView, KVBlock, Launch, PartialState, Plan, QueryTile, SequencePlan, TensorView, Visibility,
+    get_real, open_block, tile_of,
+)
+
+cdef extern from *:
+    int64_t subtract_and_get "__sync_sub_and_fetch"(int64_t *, int64_t) nogil
+
+
+cdef void run_decode_task(const Launch *launch, const HeadView *head,
+                          const SequencePlan *sequence, Py_ssize_t split) noexcept nogil:
+    """Compute the rows of some KV heads, from `head` on, over one split of the keys."""
+    cdef const Plan *plan = &launch.decode
+    cdef HeadView heads[MAX_HEADS]
+    cdef int count = <int>min(plan.heads_per_task, plan.num_kv_heads - head.kv_head), i
+    cdef int64_t begin = (sequence.first_split + split) * KV_SPLIT
+    cdef QueryTile *tile = NULL
+    for i in range(count):
+        heads[i] = head[0]
+        move_head(plan, &heads[i], i)
+        tile = open_tile(plan, &heads[i])
+    attend_keys(plan, heads, count, max(begin, tile.begin_min),
+                min(begin + KV_SPLIT, tile.end_max))
+    if plan.interrupt.stop:
+        return
+    for i in range(count):
+        tile = tile_of(plan, head, i)
+        if (sequence.tasks_per_head == 1
+                or merged_all(launch, &heads[i], sequence, split, tile)):
+            close_tile(plan, &heads[i], tile)
+
+
+cdef void move_head(const Plan *plan, HeadView *head, int number) noexcept nogil:
+    """Move to the head of that number in the task."""
+    head.number = number
+    head.kv_head += number
+    head.key += number * plan.key.head
+    head.value += number * plan.value.head
+    head.key_scales += number * plan.key_scales.head
+    head.value_scales += number * plan.value_scales.head
+
+
+cdef QueryTile *open_tile(const Plan *plan, const HeadView *head) noexcept nogil:
+    """Return the head's tile with all rows of its group, their queries scaled."""
+    cdef QueryTile *tile = place_tile(plan, head, head.number, 0, plan.group * head.q_len)
+    cdef Py_ssize_t row_bytes = plan.q_stride * plan.kernels.real_bytes
+    cdef int i
+    memset(tile.query, 0, tile.count * row_bytes)
+    for i in range(tile.count):
+        read_reals(plan, <char *>tile.query + i * row_bytes, &plan.query, tile.query_rows[i],
+                   plan.head_dim)
+    plan.kernels.scale(tile.query, tile.count * plan.q_stride // plan.kernels.lanes, 1,
+                       plan.query_scale)
+    memset(tile.acc, 0, tile.count * plan.acc_stride * plan.kernels.real_bytes)
+    # The kernels write the lanes of rows alone, and the softmax reads all.
+    memset(tile.scores, 0, plan.block_k * tile.lanes * plan.kernels.real_bytes)
+    return tile
+
+
+cdef void attend_keys(const Plan *plan, const HeadView *heads, int count, int64_t key_begin,
+                      int64_t key_end) noexcept nogil:
+    """Take the keys [key_begin, key_end) into the tiles of the heads, block by block."""
+    cdef const QueryTile *tile = tile_of(plan, heads, 0)
+    cdef bint interleaves = count > 1 and tile.count <= plan.kernels.lanes
+    cdef KVBlock block
+    cdef int64_t begin = key_begin // plan.block_k * plan.block_k
+    cdef Py_ssize_t blocks = 0
+    cdef int i
+    while begin < key_end and not plan.interrupt.stop:
+        blocks += 1
+        if blocks >= plan.blocks_per_look and heads.on_caller:
+            blocks = 0
+            look_for_signals(plan.interrupt)
+        if (interleaves and begin % plan.interleave_span == 0 and begin >= tile.begin_max
+                and begin + plan.interleave_span <= min(tile.end_min, key_end)):
+            attend_interleaved(plan, heads, count, begin)
+            begin += plan.interleave_span
+            continue
+        open_block(&block, plan, begin, key_begin, key_end)
+        for i in range(count):
+            attend_block(plan, &heads[i], tile_of(plan, heads, i), &block)
+        begin += plan.block_k
+
+
+cdef void attend_interleaved(const Plan *plan, const HeadView *heads, int count,
+                             int64_t begin) noexcept nogil:
+    """Take interleave_span keys, which all rows see, into the tiles of the heads."""
+    cdef int together = count if plan.adjacent_keys < plan.block_k else 1, i = 0
+    cdef int64_t key, end = begin + plan.interleave_span
+    cdef KVBlock block
+    while i < count:
+        key = begin
+        while key < end:
+            open_block(&block, plan, key, begin, end)
+            attend_whole(plan, &heads[i], together, count, &block, plan.block_k)
+            key += plan.block_k
+        i += together
+    for i in range(count):
+        tile_of(plan, heads, i).has_keys = ~<uint64_t>0
+
+
+cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
+                       KVBlock *block) noexcept nogil:
+    """Take a block of keys into the tile's softmax."""
+    cdef Visibility visible
+    cdef KeyRuns runs
+    cdef Py_ssize_t nk
+    if not find_visibility(plan, head, tile, block, &visible):
+        return
+    if not visible.partial and not plan.has_modifiers and tile.count <= plan.kernels.lanes:
+        attend_whole(plan, head, 1, 1, block, visible.nk)
+        tile.has_keys |= visible.has_keys
+        return
+    nk = visible.nk - block.before_window
+    load_key_runs(plan, head, &plan.key, head.key, plan.head_dim, block, visible.nk, tile.end_max,
+                  &runs)
+    compute_scores(plan, tile, &runs, 0, block.before_window, nk, tile.lanes)
+    modify_scores(plan, head, tile, block, &visible)
+    weigh_scores(plan, head, tile, block, &visible)
+    load_key_runs(plan, head, &plan.value, head.value, plan.v_dim, block, visible.nk, tile.end_max,
+                  &runs)
+    accumulate_values(plan, tile, &runs, 0, block.before_window, nk, tile.lanes, True,
+                      visible.partial)
+
+
+cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int interleaved,
+                       const KVBlock *block, Py_ssize_t nk) noexcept nogil:
+    """Take a block of keys, which all rows see, into the tiles of `count` heads.
+
+    interleaved > 1: so many heads of the task are, and what `count` of them read from heads[0] on
+    lies in the order of memory. 1: one head, whose keys may begin and end anywhere in the block.
+    """
+    cdef int first = heads.number, h, run = 0
+    cdef Py_ssize_t begin = block.before_window, k = begin, step = nk - begin, ld = 1
+    cdef const HeadView *head
+    cdef QueryTile *tile = tile_of(plan, heads, first)
+    cdef KeyRuns runs
+    if count > 1:
+        step = plan.adjacent_keys
+    while ld < tile.count:
+        ld *= 2
+    list_runs(plan, heads, &plan.key, heads.key, plan.head_dim, count, interleaved, block, nk, &runs)
+    while k < nk:
+        for h in range(count):
+            compute_scores(plan, tile_of(plan, heads, first + h), &runs, run, k, step, ld)
+            run += <int>(step // QKV_KEY_RUN)
+        k += step
+    list_runs(plan, heads, &plan.value, heads.value, plan.v_dim, count, interleaved, block, nk, &runs)
+    k = begin
+    run = 0
+    while k < nk:
+        for h in range(count):
+            head = &heads[h]
+            tile = tile_of(plan, heads, first + h)
+            if k == begin:
+                plan.kernels.decode_softmax(
+                    tile.scores, nk, <int>ld, load_key_scales(plan, head, block, nk),
+                    load_value_scales(plan, head, block, nk), tile.row_max, tile.row_sum,
+                    tile.rescale)
+            accumulate_values(plan, tile, &runs, run, k, step, ld, k == begin, False)
+            run += <int>(step // QKV_KEY_RUN)
+        k += step
+
+
+cdef inline void list_runs(const Plan *plan, const HeadView *heads, const TensorView *view,
+                           const char *rows, Py_ssize_t length, int count, int interleaved,
+                           const KVBlock *block, Py_ssize_t nk, KeyRuns *runs) noexcept nogil:
+    """List the runs of a block's keys or values for attend_whole."""
+    cdef int64_t key_end = tile_of(plan, heads, heads.number).end_max
+    if interleaved > 1:
+        find_interleaved_runs(plan, heads, view, rows, block.begin,
+                              <int>(count * nk // QKV_KEY_RUN), interleaved, key_end, runs)
+    else:
+        load_key_runs(plan, heads, view, rows, length, block, nk, key_end, runs)
+
+
+cdef inline void compute_scores(const Plan *plan, QueryTile *tile, const KeyRuns *runs, int run,
+                                Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld) noexcept nogil:
+    """Compute the scores of nk keys, from the block's key `begin` on, in runs from `run` on."""
+    plan.kernels.decode_scores(tile.scores + begin * ld * plan.kernels.real_bytes, ld, tile.query,
+                               plan.q_stride, <const char **>runs.rows + run, runs.stride, nk,
+                               plan.head_dim, tile.count, runs.type)
+
+
+cdef inline void accumulate_values(const Plan *plan, QueryTile *tile, const KeyRuns *runs, int run,
+                                   Py_ssize_t begin, Py_ssize_t nk, Py_ssize_t ld, bint rescales,
+                                   bint partial) noexcept nogil:
+    """acc = acc rescale + P V, of the same keys; rescale is 1 after a block's first keys."""
+    plan.kernels.decode_accumulate(
+        tile.acc, plan.acc_stride, tile.scores + begin * ld * plan.kernels.real_bytes, ld,
+        <const char **>runs.rows + run, runs.stride, nk, plan.v_dim, tile.count,
+        tile.rescale if rescales else NULL, partial, runs.type)
+
+
+cdef bint merged_all(const Launch *launch, const HeadView *head, const SequencePlan *sequence,
+                     Py_ssize_t split, QueryTile *tile) noexcept nogil:
+    """Save the tile's state; the split of a head that ends last merges all and returns True."""
+    cdef Py_ssize_t splits = sequence.tasks_per_head
+    cdef char *partials = launch.partials + (
+        launch.offsets[sequence.batch].partial + head.kv_head * splits) * launch.partial_bytes
+    save_partial(&launch.decode, tile, partials + split * launch.partial_bytes)
+    if subtract_and_get(&(<PartialState *>partials).remaining, 1) > 0:
+        return False
+    merge_partials(&launch.decode, head, tile, partials, launch.partial_bytes, splits)
+    return True
+
+
+cdef void close_tile(const Plan *plan, const HeadView *head, QueryTile *tile) noexcept nogil:
+    """Divide acc by the sums and write the rows."""
+    cdef int i, real_bytes = plan.kernels.real_bytes
+    cdef char *row = <char *>tile.acc
+    finish_state(plan, head, tile)
+    for i in range(tile.count):
+        plan.kernels.scale(row, plan.acc_stride // plan.kernels.lanes, 1,
+                           get_real(tile.weight, i, real_bytes))
+        write_row(plan, tile.out_rows[i], row)
+        row += plan.acc_stride * real_bytes

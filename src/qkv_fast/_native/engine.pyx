@@ -1,0 +1,199 @@
+"""run(): compute a Problem, and the scratch that its threads work in."""
+
+cimport cython
+cimport numpy as cnp
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from .isa cimport index_of, table_of
+from .kernels cimport QKV_FLOAT32, QKV_FLOAT64, qkv_tile_kernels
+from .parallel cimport begin_call, end_call, raise_pending, run_tasks
+from .plan cimport (
+    choose_decode_tasks, choose_max_decode_rows, choose_prefill_tasks, is_in_place, lay_out_decode,
+    lay_out_prefill, limit_to_blas, plan_decode, plan_prefill,
+)
+from .schedule cimport count_tasks, run_task, set_offsets
+from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE
+from .types cimport Launch, PartialState, Plan, TaskOffset, round_up
+
+cnp.import_array()
+
+cdef object blas = None                 # the module, from its first use on
+
+
+def load_blas():
+    """Import SciPy's BLAS, which takes a quarter of a second; run() does it when it is needed."""
+    global blas
+    if blas is None:
+        from . import blas as module
+
+        blas = module
+
+
+# --- Scratch: kept between calls ----------------------------------------------------------------
+
+@cython.final
+cdef class Arena:
+    """Memory from a page's begin on, for the scratch of all threads of a call."""
+    cdef char *memory
+    cdef size_t size
+
+    def __cinit__(self, size_t size):
+        self.size = size
+        self.memory = <char *>malloc(size + PAGE)
+        if self.memory == NULL:
+            raise MemoryError(f"no memory for {size} bytes of attention scratch")
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    cdef char *aligned(self) noexcept:
+        return <char *>((<uintptr_t>self.memory + PAGE - 1) & ~<uintptr_t>(PAGE - 1))
+
+
+cdef list idle_arenas = []              # as many as calls ever ran at the same time
+
+
+cdef Arena take_arena(size_t size):
+    """Return an arena of at least so many bytes, an idle one if it is large enough."""
+    cdef Arena arena
+    if idle_arenas:
+        arena = idle_arenas.pop()
+        if arena.size >= size:
+            return arena
+    return Arena(size)
+
+
+# --- A call -------------------------------------------------------------------------------------
+
+cdef bint is_empty(problem) except -1:
+    """Return whether there is nothing to write, or no head to read."""
+    cdef cnp.ndarray query = problem.query, key = problem.key
+    return (cnp.PyArray_DIMS(key)[cnp.PyArray_NDIM(query) - 3] == 0
+            or cnp.PyArray_SIZE(problem.out) == 0
+            and (problem.lse is None or cnp.PyArray_SIZE(problem.lse) == 0))
+
+
+cdef int plan_algorithms(Launch *launch, problem, str gemm, str isa, double occupancy,
+                         double occupancy_converted) except -1:
+    """Fill the launch's plans, all but tasks and scratch; return the call's budget of threads."""
+    cdef Plan *prefill = &launch.prefill
+    cdef int index = index_of(isa), budget = problem.num_threads, axis
+    cdef bint is_double = problem.code == QKV_FLOAT64
+    cdef const qkv_tile_kernels *kernels
+    memset(launch, 0, sizeof(Launch))
+    launch.decode.heads_per_task = 1
+    if gemm == "blas":
+        load_blas()
+        budget = blas.limit_threads(budget)
+        kernels = <const qkv_tile_kernels *><size_t>blas.table_address(index, is_double)
+    else:
+        kernels = table_of(index, problem.code)
+    plan_prefill(prefill, problem, kernels, &launch.interrupt)
+    if gemm == "blas":
+        limit_to_blas(prefill)
+    launch.batches = 1
+    for axis in range(prefill.batch_ndim):
+        launch.batches *= prefill.batch_shape[axis]
+    launch.decode_occupancy = occupancy if is_in_place(prefill) else occupancy_converted
+    if launch.decode_occupancy > 0:
+        kernels = table_of(index, QKV_FLOAT64 if is_double else QKV_FLOAT32)
+        launch.max_decode_rows = choose_max_decode_rows(prefill, kernels)
+        plan_decode(&launch.decode, problem, kernels, &launch.interrupt)
+    return budget
+
+
+cdef int count_interruptibly(Launch *launch) except -1:
+    """Count the tasks, without the GIL where that takes long; raise what a handler raised."""
+    if launch.batches < BATCHES_PER_LOOK:
+        count_tasks(launch)
+        return 0
+    with nogil:
+        count_tasks(launch)
+    return raise_pending(&launch.interrupt)
+
+
+cdef void plan_tasks(Launch *launch, Py_ssize_t budget) noexcept:
+    """Complete the plans: what a task is, by the number of tasks, and the scratch of one."""
+    cdef const qkv_tile_kernels *kernels = launch.decode.kernels
+    cdef Py_ssize_t rows
+    choose_prefill_tasks(&launch.prefill, launch.totals.task, budget)
+    lay_out_prefill(&launch.prefill)
+    launch.scratch_bytes = launch.prefill.layout.bytes
+    if launch.max_decode_rows == 0:
+        return
+    rows = round_up(min(launch.max_decode_rows, launch.decode.group * launch.decode.q_len),
+                    kernels.lanes)
+    choose_decode_tasks(&launch.decode, launch.totals.task, budget)
+    lay_out_decode(&launch.decode, rows)
+    launch.scratch_bytes = max(launch.scratch_bytes, launch.decode.layout.bytes)
+    launch.partial_bytes = round_up(sizeof(PartialState)) + round_up(
+        rows * (2 + launch.decode.acc_stride) * kernels.real_bytes)
+
+
+cdef int compute(Launch *launch, int threads, double *busy) except -1:
+    """Run all tasks of a launch on its planned scratch."""
+    cdef size_t offsets_bytes = round_up((launch.batches + 1) * sizeof(TaskOffset))
+    cdef size_t partials_bytes = launch.totals.partial * launch.partial_bytes
+    cdef Arena arena = take_arena(
+        offsets_bytes + partials_bytes + <size_t>threads * launch.scratch_bytes)
+    launch.scratch = arena.aligned()
+    launch.offsets = <TaskOffset *>(launch.scratch + threads * launch.scratch_bytes)
+    launch.partials = <char *>launch.offsets + offsets_bytes
+    with nogil:
+        set_offsets(launch)
+        if not launch.interrupt.stop:
+            run_tasks(run_task, launch, launch.totals.task, threads, &launch.interrupt, busy)
+    if arena.size <= KEPT_BYTES:
+        idle_arenas.append(arena)
+    return raise_pending(&launch.interrupt)
+
+
+def run(problem, str gemm, str isa, double occupancy=0, double occupancy_converted=0,
+        cnp.ndarray busy=None):
+    """Compute a Problem (see _problem.py) into its `out` and `lse`.
+
+    gemm: "simd" or "blas". occupancy, occupancy_converted: the share of a query tile's lanes
+    up to which decode is faster, where keys are read in place and where tiles have to convert them;
+    0 for prefill alone. busy: float64, to which the seconds are added that each thread was in tasks.
+    """
+    cdef Launch launch
+    cdef int budget
+    cdef double *seconds = NULL
+    if is_empty(problem):
+        return
+    budget = plan_algorithms(&launch, problem, gemm, isa, occupancy, occupancy_converted)
+    count_interruptibly(&launch)
+    if launch.totals.task == 0:
+        return
+    plan_tasks(&launch, budget)
+    if busy is not None:
+        seconds = <double *>cnp.PyArray_DATA(busy)
+        budget = min(budget, <int>cnp.PyArray_SIZE(busy))
+    try:
+        compute(&launch, begin_call(launch.work, min(<Py_ssize_t>budget, launch.totals.task)),
+                seconds)
+    finally:
+        end_call()
+
+
+def describe(problem, str gemm, str isa, double occupancy=0, double occupancy_converted=0):
+    """Return what run() would do, for tests: the plans' choices and the scratch layout."""
+    cdef Launch launch
+    cdef int budget = plan_algorithms(&launch, problem, gemm, isa, occupancy, occupancy_converted)
+    count_tasks(&launch)
+    plan_tasks(&launch, budget)
+    return {"tasks of one": launch.totals.task, "partials": launch.totals.partial,
+            "work": launch.work, "max_decode_rows": launch.max_decode_rows,
+            "scratch_bytes": launch.scratch_bytes, "partial_bytes": launch.partial_bytes,
+            "prefill": describe_plan(&launch.prefill),
+            "decode": describe_plan(&launch.decode) if launch.max_decode_rows else None}
+
+
+cdef dict describe_plan(const Plan *plan):
+    return {"block_k": plan.block_k, "tiles_per_task": plan.tiles_per_task,
+            "prefetches": bool(plan.prefetches), "heads_per_task": plan.heads_per_task,
+            "adjacent_keys": plan.adjacent_keys, "interleave_span": plan.interleave_span,
+            "in_place": bool(is_in_place(plan)), "lanes": plan.kernels.lanes,
+            "tile_q": plan.kernels.tile_q, "layout": plan.layout}

@@ -1,0 +1,325 @@
+"""From a Problem to the plans of its two algorithms: views, block sizes, tasks, scratch."""
+
+cimport numpy as cnp
+from libc.math cimport M_LOG2E
+from libc.stdint cimport uintptr_t
+from libc.string cimport memset
+
+from .kernels cimport (
+    QKV_BFLOAT16, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, QKV_KEY_RUN, qkv_tile_kernels,
+)
+from .tuning cimport (
+    BLOCK_K, BLOCK_K_DECODE, BLOCK_K_DECODE_16BIT, BLOCK_K_MATRIX, BLOCK_K_WIDE, CLOCK_WORK,
+    FOLD_KEYS, FOLD_KEYS_BFLOAT16, KV_SPLIT, LARGE, LONG_RUN, MAX_DECODE_ROWS, MAX_HEADS,
+    MAX_ROWS_PER_TASK, PACKED_STEP, PAGE, TASKS_PER_THREAD, TASKS_PER_THREAD_PACKED, WIDE,
+    shared_keys,
+)
+from .types cimport (
+    Interrupt, Launch, Plan, QueryTile, ScratchLayout, TensorView, is_additive, lanes_per_step,
+    round_up, size_of,
+)
+
+cnp.import_array()
+
+
+# --- Views of the caller's arrays ---------------------------------------------------------------
+
+cdef void view_tensor(TensorView *view, cnp.ndarray array, int type, Py_ssize_t batch_ndim,
+                      int kernel_type) noexcept:
+    """View (*batch, heads, rows, columns); kernels use rows of kernel_type in place."""
+    cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
+    view.data = <char *>cnp.PyArray_DATA(array)
+    view.batch_strides = <const Py_ssize_t *>strides
+    view.head = strides[batch_ndim]
+    view.row = strides[batch_ndim + 1]
+    view.col = strides[batch_ndim + 2]
+    view.type = type
+    view.contiguous = type == kernel_type and has_unit_stride(view, array)
+
+
+cdef bint has_unit_stride(const TensorView *view, cnp.ndarray array) noexcept:
+    """Return whether the elements of a row lie side by side, as a single one does."""
+    return (view.col == size_of(view.type)
+            or cnp.PyArray_DIMS(array)[cnp.PyArray_NDIM(array) - 1] <= 1)
+
+
+cdef void view_numbers(TensorView *view, array, Py_ssize_t batch_ndim) noexcept:
+    """View (*batch), (*batch, heads) or (*batch, heads, rows); None leaves the view absent."""
+    cdef cnp.ndarray numbers
+    cdef cnp.npy_intp *strides
+    if array is None:
+        return
+    numbers = array
+    strides = cnp.PyArray_STRIDES(numbers)
+    view.data = <char *>cnp.PyArray_DATA(numbers)
+    view.batch_strides = <const Py_ssize_t *>strides
+    if cnp.PyArray_NDIM(numbers) > batch_ndim:
+        view.head = strides[batch_ndim]
+    if cnp.PyArray_NDIM(numbers) > batch_ndim + 1:
+        view.row = strides[batch_ndim + 1]
+
+
+cdef void limit_view_to_gemm(TensorView *view, Py_ssize_t length, int real_bytes) noexcept:
+    """Have rows copied that GEMM can't take: it wants them aligned, and their distance an int."""
+    cdef Py_ssize_t columns = view.row // real_bytes
+    if view.row % real_bytes != 0 or columns < length or columns > 0x7fffffff:
+        view.contiguous = False
+    if <uintptr_t>view.data % real_bytes != 0:
+        view.contiguous = False
+
+
+cdef void limit_to_blas(Plan *plan) noexcept:
+    """Make a prefill plan one for a BLAS table: whole tiles, and rows that GEMM can take."""
+    plan.fixed_nvec = plan.kernels.tile_q // plan.kernels.lanes
+    limit_view_to_gemm(&plan.key, plan.head_dim, plan.kernels.real_bytes)
+    limit_view_to_gemm(&plan.value, plan.v_dim, plan.kernels.real_bytes)
+
+
+cdef void allow_widening(TensorView *view, cnp.ndarray array, int real_bytes) noexcept:
+    """Have rows read in place also of the types that decode kernels widen to float."""
+    if real_bytes == 4 and (view.type == QKV_FLOAT16 or view.type == QKV_BFLOAT16
+                            or view.type == QKV_INT8):
+        view.contiguous = has_unit_stride(view, array)
+
+
+cdef bint is_in_place(const Plan *plan) noexcept:
+    """Return whether kernels read keys and values where they are."""
+    return plan.key.contiguous and plan.value.contiguous
+
+
+# --- A plan: what both algorithms need ----------------------------------------------------------
+
+cdef void set_sizes(Plan *plan, problem) except *:
+    cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
+    cdef Py_ssize_t ndim = cnp.PyArray_NDIM(query) - 3
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(query)
+    plan.batch_ndim = ndim
+    plan.batch_shape = <const Py_ssize_t *>shape
+    plan.num_kv_heads = cnp.PyArray_DIMS(key)[ndim]
+    plan.group = shape[ndim] // plan.num_kv_heads
+    plan.q_len = shape[ndim + 1]
+    plan.head_dim = shape[ndim + 2]
+    plan.kv_len = problem.kv_len
+    plan.v_dim = cnp.PyArray_DIMS(value)[ndim + 2]
+    if max(plan.head_dim, plan.v_dim) > (<Py_ssize_t>1 << 40):
+        raise MemoryError(f"no memory for tiles of head size {max(plan.head_dim, plan.v_dim)}")
+
+
+cdef void set_views(Plan *plan, problem) except *:
+    cdef cnp.ndarray key = problem.key
+    cdef Py_ssize_t ndim = plan.batch_ndim
+    cdef int input_type = plan.kernels.input_type
+    cdef int real_type = QKV_FLOAT64 if plan.kernels.real_bytes == 8 else QKV_FLOAT32
+    view_tensor(&plan.query, problem.query, problem.query_code, ndim, input_type)
+    view_tensor(&plan.key, key, problem.key_code, ndim, input_type)
+    view_tensor(&plan.value, problem.value, problem.value_code, ndim, input_type)
+    view_tensor(&plan.out, problem.out, problem.out_code, ndim, real_type)
+    if problem.attn_mask is not None:
+        view_tensor(&plan.mask, problem.attn_mask, problem.mask_code, ndim, real_type)
+    view_numbers(&plan.lse, problem.lse, ndim)
+    view_numbers(&plan.key_scales, problem.key_scales, ndim)
+    view_numbers(&plan.value_scales, problem.value_scales, ndim)
+    view_numbers(&plan.query_offset, problem.query_offset, ndim)
+    view_numbers(&plan.query_starts, problem.query_starts, ndim)
+    view_numbers(&plan.query_lengths, problem.query_lengths, ndim)
+    view_numbers(&plan.key_starts, problem.key_starts, ndim)
+    view_numbers(&plan.key_lengths, problem.key_lengths, ndim)
+    view_numbers(&plan.slopes, problem.alibi_slopes, ndim)
+    if problem.block_table is not None:
+        view_numbers(&plan.block_table, problem.block_table, 1)
+        plan.page_size = cnp.PyArray_DIMS(key)[ndim + 1]
+
+
+cdef void set_scoring(Plan *plan, problem) except *:
+    """Set what turns products into scores; a new modifier's numbers are set here."""
+    cdef cnp.ndarray sinks
+    if problem.sinks is not None:
+        sinks = problem.sinks
+        plan.sinks = <const double *>cnp.PyArray_DATA(sinks)
+    plan.softcap = problem.softcap
+    plan.has_modifiers = plan.softcap != 0 or plan.slopes.data != NULL or is_additive(plan)
+    plan.query_scale = problem.scale * M_LOG2E
+    plan.score_scale = 1
+    if plan.kernels.input_type == QKV_BFLOAT16:  # a scaled query would be rounded once more
+        plan.score_scale = abs(plan.query_scale)
+        plan.query_scale = -1 if plan.query_scale < 0 else 1
+    plan.left = problem.left
+    plan.right = problem.right
+
+
+cdef void begin_plan(Plan *plan, problem, const qkv_tile_kernels *kernels,
+                     Interrupt *interrupt) except *:
+    """Fill what does not depend on the algorithm."""
+    memset(plan, 0, sizeof(Plan))
+    plan.kernels = kernels
+    plan.interrupt = interrupt
+    plan.tiles_per_task = plan.heads_per_task = 1
+    plan.input_bytes = size_of(kernels.input_type)
+    plan.fold_keys = FOLD_KEYS_BFLOAT16 if kernels.input_type == QKV_BFLOAT16 else FOLD_KEYS
+    set_sizes(plan, problem)
+    set_views(plan, problem)
+    set_scoring(plan, problem)
+
+
+cdef void set_block_k(Plan *plan, Py_ssize_t block_k) noexcept:
+    plan.block_k = block_k
+    plan.blocks_per_look = max(1, <Py_ssize_t>(
+        CLOCK_WORK / (<double>MAX_ROWS_PER_TASK * block_k * (plan.head_dim + plan.v_dim))))
+
+
+# --- Prefill ------------------------------------------------------------------------------------
+
+cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
+    """Return the keys of a block in prefill."""
+    cdef Py_ssize_t widest = max(plan.head_dim, plan.v_dim)
+    if widest > WIDE:
+        return BLOCK_K_WIDE
+    return BLOCK_K_MATRIX if plan.kernels.row_step > 1 and widest > LARGE else BLOCK_K
+
+
+cdef void plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
+                       Interrupt *interrupt) except *:
+    """Fill the plan for query tiles with these kernels, all but its tasks and its scratch."""
+    begin_plan(plan, problem, kernels, interrupt)
+    set_block_k(plan, choose_block_k(plan))
+
+
+cdef void choose_prefill_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads) noexcept:
+    """Choose how many tiles a task has, given the number of tasks with one tile, and prefetching.
+
+    A task has several where its tiles can share work or loads: keys and values that are converted,
+    packed or scanned, or that do not stay in the L2.
+    """
+    cdef Py_ssize_t tile_q = plan.kernels.tile_q
+    cdef bint packs = plan.kernels.pack_values != NULL
+    cdef bint beyond_l2 = (plan.kv_len * (plan.head_dim + plan.v_dim) * plan.input_bytes
+                           > shared_keys())
+    cdef Py_ssize_t least = threads * (TASKS_PER_THREAD_PACKED if packs else TASKS_PER_THREAD)
+    if (packs or beyond_l2 or not is_in_place(plan) or plan.mask.data != NULL
+            or plan.page_size != 0):
+        while (plan.tiles_per_task * tile_q < MAX_ROWS_PER_TASK
+               and tasks >= 2 * plan.tiles_per_task * least):
+            plan.tiles_per_task *= 2
+    plan.prefetches = beyond_l2 or plan.group * plan.q_len <= plan.tiles_per_task * tile_q
+
+
+cdef void lay_out_prefill(Plan *plan) noexcept:
+    """Set where everything lies in a thread's scratch."""
+    cdef ScratchLayout *at = &plan.layout
+    cdef Py_ssize_t acc_bytes = plan.v_dim * plan.kernels.tile_q * plan.kernels.real_bytes
+    at.tiles = lay_out_blocks(plan, plan.kernels.tile_q)
+    at.query = round_up(sizeof(QueryTile))
+    at.acc = at.query + query_bytes(plan, plan.kernels.tile_q)
+    at.total = at.acc + round_up(
+        round_up(plan.v_dim, PACKED_STEP) * plan.kernels.tile_q * plan.kernels.real_bytes)
+    at.error = at.tile_bytes = at.total
+    if plan.kv_len > plan.fold_keys:
+        at.error = at.total + round_up(acc_bytes)
+        at.tile_bytes = at.error + round_up(acc_bytes)
+    at.bytes = round_up(at.tiles + plan.tiles_per_task * at.tile_bytes, PAGE)
+
+
+# --- Decode -------------------------------------------------------------------------------------
+
+cdef Py_ssize_t choose_max_decode_rows(const Plan *prefill,
+                                       const qkv_tile_kernels *decode) noexcept:
+    """Return the most rows of a KV group that decode may have.
+
+    Query tiles of several vectors are faster than decode, unless they have to convert keys.
+    """
+    cdef Py_ssize_t rows = min(<Py_ssize_t>MAX_DECODE_ROWS, <Py_ssize_t>decode.tile_q)
+    return min(rows, lanes_per_step(prefill)) if is_in_place(prefill) else rows
+
+
+cdef void plan_decode(Plan *plan, problem, const qkv_tile_kernels *kernels,
+                      Interrupt *interrupt) except *:
+    """Fill the plan for decode with these kernels, all but its tasks and its scratch."""
+    begin_plan(plan, problem, kernels, interrupt)
+    allow_widening(&plan.key, problem.key, kernels.real_bytes)
+    allow_widening(&plan.value, problem.value, kernels.real_bytes)
+    set_block_k(plan, min(choose_block_k(plan), <Py_ssize_t>(
+        BLOCK_K_DECODE_16BIT if size_of(plan.key.type) == 2 else BLOCK_K_DECODE)))
+    plan_interleaving(plan)
+
+
+cdef void plan_interleaving(Plan *plan) noexcept:
+    """Choose in which order several heads of a task read their keys.
+
+    adjacent_keys: keys of a head that lie side by side, before those of the next one; 0: heads are
+    not interleaved. interleave_span: whole blocks and whole adjacent_keys, after which all
+    heads are equally far.
+    """
+    cdef Py_ssize_t adjacent = 0
+    if abs(plan.key.head) < abs(plan.key.row):
+        adjacent = QKV_KEY_RUN
+    elif plan.page_size * plan.key.row < LONG_RUN:
+        adjacent = plan.page_size
+    if (adjacent == 0 or adjacent % QKV_KEY_RUN or plan.page_size % adjacent
+            or not is_in_place(plan) or plan.has_modifiers or plan.mask.data != NULL
+            or max(plan.head_dim, plan.v_dim) > WIDE):
+        return
+    plan.interleave_span = max(adjacent, plan.block_k)
+    if (plan.interleave_span % adjacent == 0 and plan.interleave_span % plan.block_k == 0
+            and KV_SPLIT % plan.interleave_span == 0):
+        plan.adjacent_keys = adjacent
+
+
+cdef void choose_decode_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads) noexcept:
+    """Choose how many KV heads a task has, given the number of tasks with one head."""
+    cdef Py_ssize_t heads = min(<Py_ssize_t>MAX_HEADS, plan.num_kv_heads)
+    if plan.adjacent_keys == 0:
+        return
+    while heads > 1 and tasks < heads * TASKS_PER_THREAD_PACKED * threads:
+        heads = (heads + 1) // 2
+    plan.heads_per_task = heads
+
+
+cdef void lay_out_decode(Plan *plan, Py_ssize_t rows) noexcept:
+    """Set where everything lies in a thread's scratch; rows: of a tile, whole vectors.
+
+    The queries begin at a page and acc half a page on. A load waits for a store before it that has the
+    same place in its page, and the kernels load values while they store acc: with acc at 3200,
+    bfloat16 from memory is 7 % slower. Tiles of several heads are spread over the caches' sets.
+    """
+    cdef ScratchLayout *at = &plan.layout
+    cdef Py_ssize_t row_bytes = rows * plan.kernels.real_bytes
+    plan.q_stride = round_up(plan.head_dim, plan.kernels.lanes)
+    plan.acc_stride = round_up(plan.v_dim, plan.kernels.lanes)
+    at.query = round_up(sizeof(QueryTile))
+    at.tiles = round_up(lay_out_blocks(plan, rows) + at.query, PAGE) - at.query
+    at.acc = at.query + round_up(query_bytes(plan, rows), PAGE) + PAGE // 2
+    at.tile_scores = at.acc + round_up(round_up(plan.v_dim, PACKED_STEP) * row_bytes)
+    at.total = at.error = at.tile_bytes = at.tile_scores
+    if plan.heads_per_task > 1:
+        at.tile_bytes = PAGE // 2 + PAGE // 8 + round_up(
+            at.tile_scores + round_up(plan.block_k, PACKED_STEP) * row_bytes, PAGE)
+    at.bytes = round_up(at.tiles + plan.heads_per_task * at.tile_bytes, PAGE)
+
+
+# --- Scratch of both ----------------------------------------------------------------------------
+
+cdef Py_ssize_t query_bytes(const Plan *plan, Py_ssize_t rows) noexcept:
+    """Return the bytes of a tile's queries."""
+    return round_up(round_up(plan.head_dim, PACKED_STEP) * rows * plan.kernels.real_bytes)
+
+
+cdef Py_ssize_t lay_out_blocks(Plan *plan, Py_ssize_t rows) noexcept:
+    """Set where what belongs to a block of keys lies; return where the tiles can begin."""
+    cdef const qkv_tile_kernels *kernels = plan.kernels
+    cdef ScratchLayout *at = &plan.layout
+    cdef Py_ssize_t keys = round_up(plan.block_k, PACKED_STEP)
+    cdef Py_ssize_t widest = max(plan.head_dim, plan.v_dim)
+    cdef Py_ssize_t scales = round_up((keys + kernels.lanes) * sizeof(float))
+    plan.key_bytes = round_up(plan.head_dim, kernels.depth_step) * plan.input_bytes
+    plan.packed_stride = keys * plan.input_bytes
+    at.scores = 0
+    at.gathered = round_up(keys * rows * kernels.real_bytes)
+    at.keys = at.gathered + round_up(
+        max(plan.block_k, rows) * max(widest, plan.block_k) * kernels.real_bytes)
+    at.values = at.keys + round_up(keys * max(plan.key_bytes, plan.v_dim * plan.input_bytes))
+    at.packed_values = at.values + round_up(keys * plan.v_dim * plan.input_bytes)
+    at.key_scales = at.packed_values
+    if kernels.pack_values != NULL:
+        at.key_scales += round_up(round_up(plan.v_dim, PACKED_STEP) * plan.packed_stride)
+    at.value_scales = at.key_scales + scales
+    return at.value_scales + scales

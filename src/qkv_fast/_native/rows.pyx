@@ -1,0 +1,231 @@
+"""Rows of the caller's tensors: where they lie, in pages or not, and how kernels get to read them.
+
+Kernels read a row in place where it is contiguous. All other rows are converted into a thread's
+scratch, a block of keys or a tile of queries at a time.
+"""
+
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy, memset
+
+from .kernels cimport (
+    QKV_BFLOAT16, QKV_FLOAT16, QKV_INT8, qkv_copy_row16, qkv_prefetch_rows, qkv_read_row,
+    qkv_write_row, qkv_zero_nonfinite,
+)
+from .tuning cimport ALIGNMENT, PREFETCH_DISTANCE
+from .types cimport HeadView, KVBlock, Plan, QueryTile, TensorView, size_of
+
+cdef extern from *:
+    void prefetch_line "__builtin_prefetch"(const void *) nogil
+
+
+# --- One row ------------------------------------------------------------------------------------
+
+cdef void read_reals(const Plan *plan, void *row, const TensorView *view, const char *source,
+                     Py_ssize_t length) noexcept nogil:
+    """Copy a row of the caller's to reals."""
+    if plan.kernels.widen != NULL and (
+            view.col == 2 and (view.type == QKV_FLOAT16 or view.type == QKV_BFLOAT16)
+            or view.col == 1 and view.type == QKV_INT8):
+        plan.kernels.widen(row, source, length, view.type)
+    else:
+        qkv_read_row(row, plan.kernels.real_bytes, source, length, view.col, view.type)
+
+
+cdef void read_inputs(const Plan *plan, char *row, const TensorView *view, const char *source,
+                      Py_ssize_t length) noexcept nogil:
+    """Copy a row of the caller's to inputs of the kernels."""
+    if plan.kernels.input_type == QKV_BFLOAT16:
+        qkv_copy_row16(row, source, length, view.col, view.type)
+    else:
+        read_reals(plan, row, view, source, length)
+
+
+cdef void write_row(const Plan *plan, char *target, const void *row) noexcept nogil:
+    """Write v_dim reals to a row of the output."""
+    cdef const TensorView *out = &plan.out
+    if out.contiguous:
+        memcpy(target, row, plan.v_dim * plan.kernels.real_bytes)
+    elif (plan.kernels.narrow != NULL and out.col == 2
+          and (out.type == QKV_FLOAT16 or out.type == QKV_BFLOAT16)):
+        plan.kernels.narrow(target, row, plan.v_dim, out.type)
+    else:
+        qkv_write_row(target, row, plan.kernels.real_bytes, plan.v_dim, out.col, out.type)
+
+
+cdef void gather_queries(const Plan *plan, const HeadView *head, QueryTile *tile) noexcept nogil:
+    """Point tile.rows at the tile's queries, converted where they are not contiguous."""
+    cdef char *row = head.gathered
+    cdef int i
+    for i in range(tile.lanes):
+        if plan.query.contiguous:
+            tile.rows[i] = tile.query_rows[i]
+        else:
+            tile.rows[i] = row
+            read_inputs(plan, row, &plan.query, tile.query_rows[i], plan.head_dim)
+            row += plan.head_dim * plan.input_bytes
+
+
+# --- The rows of a block of keys ----------------------------------------------------------------
+
+cdef void gather(const Plan *plan, const HeadView *head, const TensorView *view, const char *rows,
+                 int64_t begin, Py_ssize_t nk, Py_ssize_t length, char *row,
+                 Py_ssize_t row_bytes) noexcept nogil:
+    """Copy nk rows from key `begin` on to inputs side by side, each padded with zeros."""
+    cdef Py_ssize_t i = 0, j, count, bytes = length * plan.input_bytes
+    cdef const char *source
+    while i < nk:
+        count = nk - i
+        source = find_row(plan, head, view, rows, begin + i, &count)
+        for j in range(count):
+            if view.contiguous and view.type == plan.kernels.input_type:
+                memcpy(row, source, bytes)
+            else:
+                read_inputs(plan, row, view, source, length)
+            memset(row + bytes, 0, row_bytes - bytes)
+            source += view.row
+            row += row_bytes
+        i += count
+
+
+cdef inline void gather_block(const Plan *plan, const HeadView *head, const TensorView *view,
+                              const char *rows, const KVBlock *block, Py_ssize_t length, char *row,
+                              Py_ssize_t row_bytes) noexcept nogil:
+    """Copy the block's rows; those before the window become zeros."""
+    cdef Py_ssize_t before = block.before_window
+    memset(row, 0, before * row_bytes)
+    gather(plan, head, view, rows, block.begin + before, block.nk - before, length,
+           row + before * row_bytes, row_bytes)
+
+
+cdef bint in_one_page(const Plan *plan, const HeadView *head, const KVBlock *block) noexcept nogil:
+    return head.pages == NULL or block.begin % plan.page_size + block.nk <= plan.page_size
+
+
+cdef void load_keys(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
+    """Point block.keys at the keys in place or, where kernels need it, at padded copies."""
+    cdef Py_ssize_t step = plan.kernels.row_step, count = block.nk
+    cdef char *row = head.scratch + plan.layout.keys
+    if (plan.key.contiguous and plan.head_dim % plan.kernels.depth_step == 0
+            and block.nk % step == 0 and in_one_page(plan, head, block)):
+        block.keys = find_row(plan, head, &plan.key, head.key, block.begin, &count)
+        block.key_stride = plan.key.row
+        return
+    block.keys = row
+    block.key_stride = plan.key_bytes
+    gather_block(plan, head, &plan.key, head.key, block, plan.head_dim, row, plan.key_bytes)
+    count = (block.nk + step - 1) // step * step - block.nk
+    memset(row + block.nk * plan.key_bytes, 0, count * plan.key_bytes)
+
+
+cdef void load_value_rows(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
+    """Point block.value_rows at the values in place, or at copies."""
+    cdef Py_ssize_t count = block.nk
+    if plan.value.contiguous and in_one_page(plan, head, block):
+        block.value_rows = find_row(plan, head, &plan.value, head.value, block.begin, &count)
+        block.row_stride = plan.value.row
+        return
+    block.value_rows = head.scratch + plan.layout.values
+    block.row_stride = plan.v_dim * plan.input_bytes
+    gather_block(plan, head, &plan.value, head.value, block, plan.v_dim,
+                 head.scratch + plan.layout.values, block.row_stride)
+
+
+cdef void pack_values(const Plan *plan, const HeadView *head, KVBlock *block, const char *rows,
+                      Py_ssize_t stride) noexcept nogil:
+    """Point block.values at the rows as accumulate reads them."""
+    block.values = rows
+    block.value_stride = stride
+    if plan.kernels.pack_values != NULL:
+        block.values = head.scratch + plan.layout.packed_values
+        block.value_stride = plan.packed_stride
+        plan.kernels.pack_values(<void *>block.values, plan.packed_stride, rows, stride, block.nk,
+                                 plan.v_dim)
+
+
+cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
+    """Make block.values ready from block.value_rows."""
+    pack_values(plan, head, block, block.value_rows, block.row_stride)
+
+
+cdef void load_finite_values(const Plan *plan, const HeadView *head,
+                             KVBlock *block) noexcept nogil:
+    """Make block.values ready with 0 in place of infinities and NaN."""
+    cdef Py_ssize_t i, row_bytes = plan.v_dim * plan.input_bytes
+    cdef char *row = head.gathered
+    for i in range(block.nk):
+        memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
+        qkv_zero_nonfinite(row, plan.kernels.input_type, plan.v_dim)
+        row += row_bytes
+    pack_values(plan, head, block, head.gathered, row_bytes)
+
+
+# --- Scales of int8 rows ------------------------------------------------------------------------
+
+cdef const float *load_scales(const Plan *plan, const HeadView *head, const TensorView *view,
+                              const char *rows, const KVBlock *block, Py_ssize_t nk,
+                              float *scales) noexcept nogil:
+    """Copy the scales of the block's first nk rows side by side; NULL where there are none."""
+    cdef Py_ssize_t i, count
+    cdef const char *source
+    if view.data == NULL:
+        return NULL
+    for i in range(block.before_window):
+        scales[i] = 0
+    i = block.before_window
+    while i < nk:
+        count = nk - i
+        source = find_row(plan, head, view, rows, block.begin + i, &count)
+        if view.row == sizeof(float):
+            memcpy(&scales[i], source, count * sizeof(float))
+            i += count
+            while count > 0:            # prefetch those of the next block
+                count -= <Py_ssize_t>(ALIGNMENT // sizeof(float))
+                source += ALIGNMENT
+                prefetch_line(source + nk * sizeof(float))
+            continue
+        while count > 0:
+            memcpy(&scales[i], source, sizeof(float))
+            source += view.row
+            count -= 1
+            i += 1
+    return scales
+
+
+cdef const float *load_key_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
+                                  Py_ssize_t nk) noexcept nogil:
+    return load_scales(plan, head, &plan.key_scales, head.key_scales, block, nk,
+                       <float *>(head.scratch + plan.layout.key_scales))
+
+
+cdef const float *load_value_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
+                                    Py_ssize_t nk) noexcept nogil:
+    return load_scales(plan, head, &plan.value_scales, head.value_scales, block, nk,
+                       <float *>(head.scratch + plan.layout.value_scales))
+
+
+# --- Prefetching --------------------------------------------------------------------------------
+
+cdef inline void prefetch_keys(const Plan *plan, const HeadView *head, const TensorView *view,
+                               const char *rows, Py_ssize_t length, int64_t begin, int64_t end,
+                               qkv_prefetch_rows *prefetch) noexcept nogil:
+    """Name the rows of the keys [begin, end), as far as they lie in one page."""
+    prefetch.row = rows
+    prefetch.stride = view.row
+    prefetch.bytes = length * size_of(view.type)
+    prefetch.count = max(0, end - begin)
+    prefetch.at = 0
+    if begin < end:
+        prefetch.row = find_row(plan, head, view, rows, begin, &prefetch.count)
+
+
+cdef void plan_prefetch(const Plan *plan, const HeadView *head, const QueryTile *tile,
+                        const KVBlock *block, qkv_prefetch_rows *prefetch) noexcept nogil:
+    """Name what to prefetch while a block's scores are computed: keys to come, and its values."""
+    cdef int64_t end = block.begin + block.nk
+    cdef int64_t begin = end            # keys that were converted have been read already
+    if block.keys != head.scratch + plan.layout.keys:
+        begin = min(end, block.begin + PREFETCH_DISTANCE)
+    prefetch_keys(plan, head, &plan.key, head.key, plan.head_dim, begin,
+                  min(tile.end_max, begin + block.nk), &prefetch[0])
+    prefetch_keys(plan, head, &plan.value, head.value, plan.v_dim, block.begin,
+                  min(tile.end_max, end), &prefetch[1])

@@ -1,0 +1,206 @@
+"""From batch entries to tasks.
+
+Each batch entry uses prefill or decode, by how many query rows its KV groups have, and is divided by
+its own queries and keys, so that no padding is computed. A task belongs to one batch entry:
+
+    prefill   tiles_per_task query tiles of one KV head
+    decode    one split of the keys of heads_per_task KV heads
+
+Tasks of a head are neighbours, since they share its keys. In prefill the last queries come
+first: with a causal mask these have the most keys.
+"""
+
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from .decode cimport run_decode_task
+from .kernels cimport QKV_BOOL
+from .parallel cimport look_for_signals
+from .prefill cimport run_prefill_task
+from .tuning cimport BATCHES_PER_LOOK, KV_SPLIT
+from .types cimport (
+    UNBOUNDED, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
+    batch_entry, is_shared, lanes_per_step,
+)
+
+
+cdef inline int64_t entry_of(const Plan *plan, const TensorView *view, Py_ssize_t batch,
+                             int64_t otherwise) noexcept nogil:
+    """Return a batch entry's own number, or another one where the array is absent."""
+    cdef char *data = batch_entry(plan, view, batch)
+    return otherwise if data == NULL else (<int64_t *>data)[0]
+
+
+cdef inline bint is_decode(const Launch *launch, Py_ssize_t rows) noexcept nogil:
+    """Return whether the rows fill at most decode_occupancy of the vectors of a query tile."""
+    cdef Py_ssize_t step = lanes_per_step(&launch.prefill)
+    return (rows <= launch.max_decode_rows
+            and rows <= launch.decode_occupancy * ((rows + step - 1) // step * step))
+
+
+cdef void divide_queries(const Plan *plan, SequencePlan *sequence) noexcept nogil:
+    """Set how many prefill tasks a head of the sequence has."""
+    cdef Py_ssize_t rows = plan.group * sequence.q_len, tile_q = plan.kernels.tile_q
+    cdef Py_ssize_t tiles = (rows + tile_q - 1) // tile_q
+    sequence.tasks_per_head = (tiles + plan.tiles_per_task - 1) // plan.tiles_per_task
+
+
+cdef void divide_keys(const Plan *plan, SequencePlan *sequence) noexcept nogil:
+    """Set which splits of the keys a head of the sequence needs, a decode task each."""
+    cdef int64_t key_begin = 0, key_end = sequence.kv_len
+    if plan.left < UNBOUNDED and sequence.offset - plan.left > 0:
+        key_begin = sequence.offset - plan.left
+    if plan.right < UNBOUNDED:
+        key_end = min(key_end, sequence.offset + sequence.q_len + plan.right)
+    sequence.first_split = key_begin // KV_SPLIT
+    sequence.tasks_per_head = 0
+    if sequence.q_len > 0:              # without keys there is a task to write zeros
+        sequence.tasks_per_head = 1
+        if key_end > key_begin:
+            sequence.tasks_per_head = (key_end - 1) // KV_SPLIT - sequence.first_split + 1
+
+
+cdef void open_sequence(const Launch *launch, Py_ssize_t batch,
+                        SequencePlan *sequence) noexcept nogil:
+    """Fill the plan of a batch entry."""
+    cdef const Plan *plan = &launch.prefill
+    cdef const char *mask
+    sequence.batch = batch
+    sequence.q_start = entry_of(plan, &plan.query_starts, batch, 0)
+    sequence.q_len = entry_of(plan, &plan.query_lengths, batch, plan.q_len)
+    sequence.k_start = entry_of(plan, &plan.key_starts, batch, 0)
+    sequence.kv_len = entry_of(plan, &plan.key_lengths, batch, plan.kv_len)
+    sequence.offset = entry_of(plan, &plan.query_offset, batch, 0)
+    if plan.mask.data != NULL and plan.mask.type == QKV_BOOL and is_shared(&plan.mask):
+        mask = batch_entry(plan, &plan.mask, batch)
+        while sequence.kv_len > 0 and not mask[(sequence.kv_len - 1) * plan.mask.col]:
+            sequence.kv_len -= 1        # keys that the mask hides at the end are padding
+    sequence.is_decode = is_decode(launch, plan.group * sequence.q_len)
+    if sequence.is_decode:
+        divide_keys(&launch.decode, sequence)
+    else:
+        divide_queries(plan, sequence)
+
+
+cdef void count_tasks(Launch *launch) noexcept nogil:
+    """Set launch.totals and launch.work, and the offsets if there is memory for them."""
+    cdef const Plan *plan = &launch.prefill
+    cdef SequencePlan sequence
+    cdef TaskOffset offset
+    cdef double work = 0
+    cdef Py_ssize_t batch, heads
+    memset(&offset, 0, sizeof(TaskOffset))
+    for batch in range(launch.batches):
+        if batch % BATCHES_PER_LOOK == BATCHES_PER_LOOK - 1:
+            look_for_signals(&launch.interrupt)
+            if launch.interrupt.stop:
+                break
+        if launch.offsets != NULL:
+            launch.offsets[batch] = offset
+        open_sequence(launch, batch, &sequence)
+        heads = launch.decode.heads_per_task if sequence.is_decode else 1
+        offset.task += (plan.num_kv_heads + heads - 1) // heads * sequence.tasks_per_head
+        if sequence.is_decode and sequence.tasks_per_head > 1:
+            offset.partial += plan.num_kv_heads * sequence.tasks_per_head
+        # Decode waits for memory as long as four rows take to compute.
+        work += <double>max(4, plan.group * sequence.q_len) * sequence.kv_len
+    if launch.offsets != NULL:
+        launch.offsets[launch.batches] = offset
+    launch.totals = offset
+    launch.work = work * plan.num_kv_heads * (plan.head_dim + plan.v_dim)
+
+
+cdef void count_splits(const Launch *launch) noexcept nogil:
+    """Note in the first partial state of each split head how many splits have not ended."""
+    cdef SequencePlan sequence
+    cdef Py_ssize_t batch, partial, end
+    for batch in range(launch.batches):
+        partial = launch.offsets[batch].partial
+        end = launch.offsets[batch + 1].partial
+        if partial == end:
+            continue
+        open_sequence(launch, batch, &sequence)
+        while partial < end:
+            (<PartialState *>(launch.partials + partial * launch.partial_bytes)).remaining = (
+                sequence.tasks_per_head)
+            partial += sequence.tasks_per_head
+
+
+cdef void set_offsets(Launch *launch) noexcept nogil:
+    """Fill the offsets and the partial states' counts, before the tasks run."""
+    count_tasks(launch)
+    if not launch.interrupt.stop:
+        count_splits(launch)
+
+
+# --- A task -------------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t find_sequence(const Launch *launch, Py_ssize_t task) noexcept nogil:
+    """Return the batch entry that a task belongs to."""
+    cdef Py_ssize_t low = 0, high = launch.batches, middle
+    while high - low > 1:
+        middle = (low + high) // 2
+        if launch.offsets[middle].task <= task:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+cdef void open_head(const Plan *plan, const SequencePlan *sequence, Py_ssize_t kv_head,
+                    HeadView *head) noexcept nogil:
+    """Note where the rows of a batch entry's KV head lie."""
+    cdef Py_ssize_t batch = sequence.batch
+    head.kv_head = kv_head
+    head.number = 0
+    head.q_len = sequence.q_len
+    head.offset = sequence.offset
+    head.kv_len = sequence.kv_len
+    head.query = batch_entry(plan, &plan.query, batch) + sequence.q_start * plan.query.row
+    head.out = batch_entry(plan, &plan.out, batch) + sequence.q_start * plan.out.row
+    head.lse = batch_entry(plan, &plan.lse, batch)
+    if head.lse != NULL:
+        head.lse += sequence.q_start * plan.lse.row
+    head.mask = batch_entry(plan, &plan.mask, batch)
+    head.slopes = batch_entry(plan, &plan.slopes, batch)
+    head.pages = NULL
+    head.key = plan.key.data
+    head.value = plan.value.data
+    head.key_scales = plan.key_scales.data
+    head.value_scales = plan.value_scales.data
+    if plan.block_table.data != NULL:
+        head.pages = <const int64_t *>batch_entry(plan, &plan.block_table, batch)
+    else:
+        head.key = batch_entry(plan, &plan.key, batch) + sequence.k_start * plan.key.row
+        head.value = batch_entry(plan, &plan.value, batch) + sequence.k_start * plan.value.row
+        head.key_scales = batch_entry(plan, &plan.key_scales, batch)
+        head.value_scales = batch_entry(plan, &plan.value_scales, batch)
+    head.key += kv_head * plan.key.head
+    head.value += kv_head * plan.value.head
+    head.key_scales += kv_head * plan.key_scales.head
+    head.value_scales += kv_head * plan.value_scales.head
+
+
+cdef void run_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
+    """Run a task of a launch (a task_function of parallel.pxd)."""
+    cdef const Launch *launch = <const Launch *>context
+    cdef Py_ssize_t batch = find_sequence(launch, task)
+    cdef SequencePlan sequence
+    cdef HeadView head
+    open_sequence(launch, batch, &sequence)
+    task -= launch.offsets[batch].task
+    cdef const Plan *plan = &launch.decode if sequence.is_decode else &launch.prefill
+    cdef Py_ssize_t heads = task // sequence.tasks_per_head
+    task %= sequence.tasks_per_head
+    open_head(plan, &sequence, heads * plan.heads_per_task, &head)
+    head.on_caller = thread == 0
+    head.scratch = launch.scratch + thread * launch.scratch_bytes
+    head.gathered = head.scratch + plan.layout.gathered
+    if plan.kernels.enter != NULL:
+        plan.kernels.enter()
+    if sequence.is_decode:
+        run_decode_task(launch, &head, &sequence, task)
+    else:
+        run_prefill_task(plan, &head, sequence.tasks_per_head - 1 - task)
+    if plan.kernels.leave != NULL:
+        plan.kernels.leave()

@@ -1,0 +1,76 @@
+"""Every tuned number of the engine, with the benchmark that chose it.
+
+Three kinds stand apart: sizes of the structures, numbers that decide in which order a sum runs
+(another value gives other last bits), and numbers that decide only how fast a call is.
+"Granite Rapids" is an Intel Xeon with AVX-512 and AMX, 48 KiB of L1d and 2 MiB of L2 a core.
+"""
+
+cdef enum:  # sizes of structures
+    MAX_LANES = 64          # rows of the largest query tile: one bit each in a uint64
+    MAX_VECTORS = 32        # of a query tile: a vector holds at least two doubles
+    PACKED_STEP = 32        # pack_values rounds both axes up to a multiple of this
+    MAX_BLOCK_K = 256
+    MAX_BLOCK_K_DECODE = 128
+    MAX_HEADS = 16          # of a decode task
+    MAX_KEY_RUNS = 132      # MAX_BLOCK_K_DECODE * MAX_HEADS / QKV_KEY_RUN + QKV_KEY_RUNS_AHEAD
+    MAX_TABLES = 8          # ISAs of a build
+    ALIGNMENT = 64          # bytes, of each array in the scratch
+    PAGE = 4096             # bytes
+
+cdef enum:  # fix the order of sums, so they depend on nothing but head sizes and element types
+    # Keys of a block in prefill. At head sizes 64 to 256, 64 and 128 are equally fast on Granite
+    # Rapids, 32 and 256 are 5 % slower; 128 wins where all keys fit in one block, at bert-128
+    # (bench_attention.py).
+    BLOCK_K = 128
+    # Kernels of a matrix unit read and write acc once a block. From head size LARGE on that costs
+    # more than the larger scores: 4x4096x256 in bfloat16 is 4 % faster with 256 keys than with 128.
+    BLOCK_K_MATRIX = 256
+    LARGE = 128
+    # Beyond head size WIDE, short blocks bound the scratch.
+    BLOCK_K_WIDE = 16
+    WIDE = 1024
+    # Keys of a block in decode. Read from memory, float32 and int8 are up to 10 % faster with 64
+    # than with 128, 16-bit keys 3 to 5 % faster with 128 (decode.py).
+    BLOCK_K_DECODE = 64
+    BLOCK_K_DECODE_16BIT = MAX_BLOCK_K_DECODE
+    # Keys of a decode task. Many threads can share one sequence, and merging the partial states
+    # is cheap beside reading 2048 keys.
+    KV_SPLIT = 2048
+    # Keys after which a query tile folds its sums. With plain float32 sums, 64 rows of equal keys
+    # are off by 1.3e-5 at 2^17 keys and by 2.4e-4 at 2^22; folded every 2048, by 1.4e-6 at any
+    # length. Results in bfloat16 are rounded to 4e-3, so their sums need it less often.
+    FOLD_KEYS = 2048
+    FOLD_KEYS_BFLOAT16 = 1 << 16
+    # Decode kernels are not faster than query tiles beyond so many rows (decode.py, --queries).
+    MAX_DECODE_ROWS = 32
+
+cdef enum:  # decide how fast a call is
+    # Decode tasks take several heads where a head's adjacent keys are fewer bytes than this.
+    # Memory is read at 4/5 of its speed in pieces of 64 KiB, at half in rows of 512 bytes (decode.py).
+    LONG_RUN = 1 << 17
+    # Rows of a task whose query tiles share what is made ready of a block, as long as each thread
+    # still has so many tasks, for balance. Where values are packed, sharing saves more:
+    # 1,8,64 queries on 4096 keys of size 128 in bfloat16 take 900 us with 2, 1240 us with 4.
+    MAX_ROWS_PER_TASK = 256
+    TASKS_PER_THREAD = 4
+    TASKS_PER_THREAD_PACKED = 2
+    # While the scores of a block are computed, its values and the keys from this one on are
+    # prefetched. From memory, 16 rows of float32 are 1.7 to 1.9 times as fast with it (AVX2: 1.6),
+    # 4096 queries 7 % faster at size 128.
+    PREFETCH_DISTANCE = 16
+    # Multiply-adds below which a call uses one thread: to wake a sleeping worker takes 10 us or
+    # more, which are about 2^19 multiply-adds (bench_overhead.py).
+    SERIAL_WORK = 1 << 19
+    # A call looks for signals so often, and at the clock after so many multiply-adds, which take
+    # a millisecond or less, or after planning so many batch entries.
+    SIGNAL_MILLISECONDS = 100
+    CLOCK_WORK = 1 << 24
+    BATCHES_PER_LOOK = 1 << 14
+    # The scratch of a call is kept for the next one if it is not larger than this.
+    KEPT_BYTES = 32 << 20
+    # OpenBLAS serves at most so many threads. Each needs a buffer of 32 MiB and its stack, for
+    # which OpenBLAS waits without end where there is no memory.
+    MAX_BLAS_THREADS = 64
+    BLAS_THREAD_BYTES = 48 << 20
+
+cdef Py_ssize_t shared_keys() noexcept nogil
