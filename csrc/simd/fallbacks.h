@@ -1,0 +1,29 @@
+/* SIMD wrappers that an ISA may leave out, made of the others. */
+#ifndef HAVE_LOAD_COLUMNS
+SIMD_INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
+{
+    for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(rows[i] + at));
+    v_transpose(x);
+}
+#endif
+
+#ifndef HAVE_SUM_EACH
+/* Lane i of the result is the sum of x[i]'s lanes. */
+SIMD_INLINE vec v_sum_each(vec x[LANES])
+{
+    v_transpose(x);
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) x[i] = v_add(x[i], x[i + n]);
+    return x[0];
+}
+#endif
+
+#ifndef HAVE_REPEAT
+/* Lane i is x[i / times], times a power of 2; a whole vector from x on is readable. */
+SIMD_INLINE vec v_repeat(const float *x, int times)
+{
+    real lane[LANES];
+    for (int i = 0; i < LANES; i++) lane[i] = (real)x[i / times];
+    return v_load(lane);
+}
+#endif
