@@ -1,7 +1,13 @@
-/* Which tile tables this build has, and which of them the machine can run: the CPU must have
- * every feature that a table's target names, and the operating system must save the registers. */
-#include "../runtime/convert.h"
+/* The list of ISAs: the tables of each, and whether this machine can run them. To add an ISA, write
+ * its tables (isa/NAME_f32.c and so on) and a line in FOR_EACH_ISA.
+ *
+ * The CPU must have every feature that a table's QKV_TARGET names, and the operating system must
+ * save the registers. */
+#define QKV_STRUCT(name, ...)            \
+    typedef struct {__VA_ARGS__} name; \
+    static const char fields_of_##name[] = #__VA_ARGS__
 #include "../kernels/kernels.h"
+#include "../runtime/convert.h"
 
 static int always(void) { return 1; }
 
@@ -12,13 +18,9 @@ static int always(void) { return 1; }
 #include <unistd.h>
 #endif
 
-extern const qkv_tile_kernels qkv_tile_kernels_f32_avx2, qkv_tile_kernels_f64_avx2;
-extern const qkv_tile_kernels qkv_tile_kernels_f32_avx512, qkv_tile_kernels_f64_avx512;
-extern const qkv_tile_kernels qkv_tile_kernels_bf16_avx512bf16, qkv_tile_kernels_bf16_amx;
-
-#define AVX_STATE 0x06u      /* XCR0: XMM, YMM */
-#define AVX512_STATE 0xe6u   /* and opmask, ZMM0-15, ZMM16-31 */
-#define AMX_STATE 0x60000u   /* tile configuration, tile data */
+#define AVX_STATE 0x06u         /* XCR0: XMM, YMM */
+#define AVX512_STATE 0xe6u      /* and opmask, ZMM0-15, ZMM16-31 */
+#define AMX_STATE 0x60000u      /* AMX tile configuration, tile data */
 #define AMX_BF16_BIT 0x400000u  /* leaf 7, EDX */
 #define AMX_TILE_BIT 0x1000000u /* leaf 7, EDX */
 #define AVX512_BF16_BIT 0x20u   /* leaf 7.1, EAX */
@@ -55,15 +57,16 @@ static int runs_avx512bf16(void)
     return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, AVX512_BF16_BIT);
 }
 
-/* Intel's vdpbf16ps does half the operations of its float32 multiply-adds in a cycle (Granite Rapids:
- * 107 to 215 GFLOP/s, python -m qkv_fast bench), AMD's twice as many (Zen 4, docs/architecture.md). */
+/* On Intel's CPUs vdpbf16ps does half the operations of float32 multiply-adds in a cycle: 107
+ * GFLOP/s where those do 215, on a Granite Rapids Xeon (python -m qkv_fast bench). On AMD's it
+ * does twice as many. */
 static int is_profitable_avx512bf16(void)
 {
     unsigned a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b != signature_INTEL_ebx;
 }
 
-/* The kernel makes room for the tile registers once a process has asked. */
+/* Linux makes room for AMX's tile registers only if the process asks. */
 static int runs_amx(void)
 {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -76,46 +79,61 @@ static int runs_amx(void)
     return 0;
 #endif
 }
+#define FOR_EACH_X86_ISA(ISA)                                               \
+    ISA(avx2, avx2, none, runs_avx2, always)                                \
+    ISA(avx512, avx512, none, runs_avx512, always)                          \
+    ISA(avx512bf16, avx512, avx512bf16, runs_avx512bf16, is_profitable_avx512bf16) \
+    ISA(amx, avx512, amx, runs_amx, always)
+#else
+#define FOR_EACH_X86_ISA(ISA)
 #endif
 
-extern const qkv_tile_kernels qkv_tile_kernels_f32_scalar, qkv_tile_kernels_f64_scalar;
+/* Weakest first: ISA(name, whose float and double tables it uses, whose bfloat16 table or none,
+ * whether the machine runs it, whether it is then faster than the ISAs before it). */
+#define FOR_EACH_ISA(ISA)                      \
+    ISA(scalar, scalar, none, always, always) \
+    FOR_EACH_X86_ISA(ISA)
+
+static const qkv_tile_kernels qkv_tile_kernels_bf16_none = {.isa = NULL};
+
+#define DECLARE_TABLES(name, reals, pairs, runs, is_profitable)                               \
+    extern const qkv_tile_kernels qkv_tile_kernels_f32_##reals, qkv_tile_kernels_f64_##reals; \
+    extern const qkv_tile_kernels qkv_tile_kernels_bf16_##pairs;
+FOR_EACH_ISA(DECLARE_TABLES)
 
 static const struct {
     const char *name;
     const qkv_tile_kernels *f32, *f64, *bf16;
     int (*runs)(void);
     int (*is_profitable)(void);
-} tables[] = {
-    {"scalar", &qkv_tile_kernels_f32_scalar, &qkv_tile_kernels_f64_scalar, NULL, always, always},
-#if defined(__x86_64__)
-    {"avx2", &qkv_tile_kernels_f32_avx2, &qkv_tile_kernels_f64_avx2, NULL, runs_avx2, always},
-    {"avx512", &qkv_tile_kernels_f32_avx512, &qkv_tile_kernels_f64_avx512, NULL, runs_avx512,
-     always},
-    {"avx512bf16", &qkv_tile_kernels_f32_avx512, &qkv_tile_kernels_f64_avx512,
-     &qkv_tile_kernels_bf16_avx512bf16, runs_avx512bf16, is_profitable_avx512bf16},
-    {"amx", &qkv_tile_kernels_f32_avx512, &qkv_tile_kernels_f64_avx512, &qkv_tile_kernels_bf16_amx,
-     runs_amx, always},
-#endif
+} isas[] = {
+#define ENTRY(name, reals, pairs, runs, is_profitable)                                           \
+    {#name, &qkv_tile_kernels_f32_##reals, &qkv_tile_kernels_f64_##reals,                        \
+     &qkv_tile_kernels_bf16_##pairs, runs, is_profitable},
+    FOR_EACH_ISA(ENTRY)
 };
 
-#define COUNT ((int)(sizeof tables / sizeof tables[0]))
+#define COUNT ((int)(sizeof isas / sizeof isas[0]))
 
 const char *qkv_isa_name(int index)
 {
-    return index >= 0 && index < COUNT ? tables[index].name : NULL;
+    return index >= 0 && index < COUNT ? isas[index].name : NULL;
 }
 
 const qkv_tile_kernels *qkv_tile_table(int index, int input_type)
 {
+    const qkv_tile_kernels *table = &qkv_tile_kernels_bf16_none;
     if (index < 0 || index >= COUNT) return NULL;
-    switch (input_type) {
-    case QKV_FLOAT32: return tables[index].f32;
-    case QKV_FLOAT64: return tables[index].f64;
-    case QKV_BFLOAT16: return tables[index].bf16;
-    default: return NULL;
-    }
+    if (input_type == QKV_FLOAT32) table = isas[index].f32;
+    if (input_type == QKV_FLOAT64) table = isas[index].f64;
+    if (input_type == QKV_BFLOAT16) table = isas[index].bf16;
+    return table->isa ? table : NULL;
 }
 
-int qkv_isa_runs(int index) { return index >= 0 && index < COUNT && tables[index].runs(); }
+int qkv_isa_runs(int index) { return index >= 0 && index < COUNT && isas[index].runs(); }
 
-int qkv_isa_is_profitable(int index) { return qkv_isa_runs(index) && tables[index].is_profitable(); }
+int qkv_isa_is_profitable(int index) { return qkv_isa_runs(index) && isas[index].is_profitable(); }
+
+size_t qkv_kernels_size(void) { return sizeof(qkv_tile_kernels); }
+
+const char *qkv_kernels_fields(void) { return fields_of_qkv_tile_kernels; }

@@ -1,6 +1,5 @@
-/* What all templates share. */
+/* What the templates share: unrolling, prefetching, and loads of whole and cut vectors. */
 #define LOG2E 1.4426950408889634074
-#define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -10,7 +9,7 @@
 #define CACHE_LINE 64
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
-/* Ask for the next line of both lists. */
+/* Prefetches the next line of both lists of rows. */
 INLINE void prefetch_next(qkv_prefetch_rows prefetch[2])
 {
     UNROLL for (int i = 0; i < 2; i++) {
@@ -31,21 +30,21 @@ INLINE real load_real(const char *p)
     return x;
 }
 
-/* `bytes` of a vector, without touching what lies behind them; the rest is zero. */
-INLINE vec load_part(const char *p, ptrdiff_t bytes)
+/* The first `bytes` bytes of a vector; the rest is zero. Reads nothing behind them. */
+INLINE vec load_bytes(const char *p, ptrdiff_t bytes)
 {
-    real part[LANES] = {0};
-    memcpy(part, p, (size_t)bytes);
-    return v_load(part);
+    real padded[LANES] = {0};
+    memcpy(padded, p, (size_t)bytes);
+    return v_load(padded);
 }
 
-/* A vector of elements of any type that real can hold, widened. */
 #if REAL_BITS == 32
 #define BYTES_OF(type) ((type) == QKV_FLOAT32 ? 4 : (type) == QKV_INT8 ? 1 : 2)
 #else
 #define BYTES_OF(type) ((void)(type), 8)
 #endif
 
+/* A vector of elements of a type that real can represent, widened to reals. */
 INLINE vec load_lanes(const char *p, const int type)
 {
 #if REAL_BITS == 32
@@ -53,24 +52,26 @@ INLINE vec load_lanes(const char *p, const int type)
     if (type == QKV_BFLOAT16) return v_load_bfloat(p);
     if (type == QKV_INT8) return v_load_int8(p);
 #endif
+    (void)type;
     return v_load((const real *)p);
 }
 
-/* n < LANES elements, without touching what lies behind them; the rest is zero. */
-INLINE vec load_some_lanes(const char *p, ptrdiff_t n, const int type)
+/* The same for the first n < LANES elements; the rest is zero. Reads nothing behind them. */
+INLINE vec load_first_lanes(const char *p, ptrdiff_t n, const int type)
 {
-    char part[sizeof(vec)] = {0};
-    memcpy(part, p, (size_t)(n * BYTES_OF(type)));
-    return load_lanes(part, type);
+    char padded[sizeof(vec)] = {0};
+    memcpy(padded, p, (size_t)(n * BYTES_OF(type)));
+    return load_lanes(padded, type);
 }
 
-/* x[j] = the j-th real (or pair of bfloat16) at rows[i] + at, for each lane i; zeros past `bytes`. */
+/* x[j] = the j-th real (or pair of bfloat16) at rows[i] + at, for each lane i; zeros from `bytes`
+ * bytes behind `at` on. */
 INLINE void load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at, ptrdiff_t bytes)
 {
     if (bytes >= (ptrdiff_t)sizeof(vec)) {
         v_load_columns(x, rows, at);
         return;
     }
-    for (int i = 0; i < LANES; i++) x[i] = load_part(rows[i] + at, bytes);
+    for (int i = 0; i < LANES; i++) x[i] = load_bytes(rows[i] + at, bytes);
     v_transpose(x);
 }

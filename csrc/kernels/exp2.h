@@ -1,6 +1,11 @@
-/* Powers of 2. */
-/* (2^x - 1) / x for |x| <= 1/2, a minimax polynomial: the relative error of 1 + x * it against
- * 2^x is 2e-9 in float and 4e-18 in double. For tanh, which needs precision on both sides of 0. */
+/* Powers of 2 by minimax polynomials, in lanes.
+ *
+ *     exp2_slope(x)       = (2^x - 1) / x                for |x| <= 1/2
+ *     exp2_nonpositive(x) = 2^n * (1 + f * slope(f))     for x <= 0, n = floor(x), f = x - n
+ */
+
+/* The relative error of 1 + x * exp2_slope(x) against 2^x is 2e-9 in float and 4e-18 in double.
+ * tanh needs that on both sides of 0. */
 INLINE vec exp2_slope(vec x)
 {
 #if REAL_BITS == 32
@@ -25,10 +30,10 @@ INLINE vec exp2_slope(vec x)
 #endif
 }
 
-/* 2^x for x <= 0; results below the smallest normal number are 0 (subnormals are slow, and no
- * more than rounding beside the row's largest weight, 1); NaN stays NaN. With x = n + f, n the floor,
- * 2^f = 1 + f * g(f) for a minimax polynomial g: relative error 2e-9 in float, 3e-18 in double. A
- * rough one, 3e-6, is enough where the result is rounded to bfloat16, 4e-3. */
+/* The relative error is 2e-9 in float and 3e-18 in double. A rough one, 3e-6, is enough if the
+ * result is rounded to bfloat16, which takes 4e-3. A result below the smallest normal number is 0:
+ * arithmetic on subnormals is slow, and they are below the rounding of a row whose largest weight
+ * is 1. NaN stays NaN. */
 INLINE vec exp2_nonpositive(vec x, const int rough)
 {
     vec n;

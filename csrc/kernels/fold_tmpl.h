@@ -1,19 +1,24 @@
-/* Sums of sums. */
-/* Two passes where rows rescale: a compiler must not fuse that product with the sum behind it, whose
- * rounding error is found by taking it apart again (Knuth's TwoSum). */
+/* Sums of many blocks that lose no more than sums of few (Knuth's TwoSum, The Art of Computer
+ * Programming 2, 4.2.2).
+ *
+ *     total + error = (total + error) * rescale + acc;   finish: acc = total + error
+ *
+ * total, error and acc are [rows][ld] reals, rescale is [ld], all aligned; ld is whole vectors, so
+ * there are no tails. Rescaling is a pass of its own: a compiler must not fuse its product with the
+ * sum behind it, because the sum's rounding error is found by taking the sum apart again. */
 static void fold(void *total_, void *error_, void *acc_, ptrdiff_t rows, int nvec,
-                 const void *decay_, int finish)
+                 const void *rescale_, int finish)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0; v < nvec; v++) {
         real *total = (real *)total_ + v * LANES, *error = (real *)error_ + v * LANES;
         real *acc = (real *)acc_ + v * LANES;
-        const vec factor = v_load((const real *)decay_ + v * LANES), zero = v_set1(0);
-        if (v_le_bits(v_set1(1), factor) != ALL_LANES)
+        const vec rescale = v_load((const real *)rescale_ + v * LANES), zero = v_set1(0);
+        if (v_le_bits(v_set1(1), rescale) != ALL_LANES)
             for (ptrdiff_t i = 0; i < rows * ld; i += ld) {
-                const vec t = v_load(total + i), product = v_mul(t, factor);
-                const vec lost = v_fma(t, factor, v_sub(zero, product));
-                v_store(error + i, v_fma(v_load(error + i), factor, lost));
+                const vec t = v_load(total + i), product = v_mul(t, rescale);
+                const vec lost = v_fma(t, rescale, v_sub(zero, product));
+                v_store(error + i, v_fma(v_load(error + i), rescale, lost));
                 v_store(total + i, product);
             }
         for (ptrdiff_t i = 0; i < rows * ld; i += ld) {

@@ -1,6 +1,15 @@
-/* The kernels that touch operands, where an operand is a bfloat16 and the products take pairs of
- * them: included by tile_tmpl.h. A pair fills the place of a float in vectors and scratch. */
-#define DECODE_SCORES NULL /* the tables of float serve bfloat16 too */
+/* The kernels that touch inputs, for bfloat16 inputs that products take in pairs.
+ *
+ *     pack_rows             Qt[d / 2][i] = (rows[i][d], rows[i][d + 1]), negated if scale is -1
+ *     pack_values           Vt[d][k] = V[k][d]
+ *     scores, accumulate    the product of product_*.h, with S or acc as its result
+ *     accumulate_nonfinite  acc[d][:] += sum_k V[k][d] * P[k][:] over V's infinities and NaN
+ *     all_finite            whether all of V is finite
+ *
+ * A pair takes the place of a float in vectors and scratch. P lies in the first half of the
+ * scores' memory: [nk / 2][ld] pairs. Qt, P, Vt and acc are aligned, the caller's rows need not
+ * be. What lies behind a row is not read; zeros fill Qt, P and Vt up to DEPTH_STEP. */
+#define DECODE_SCORES NULL /* float32's tables serve bfloat16 too */
 #define DECODE_ACCUMULATE NULL
 #define DECODE_SOFTMAX NULL
 #define INPUT_TYPE QKV_BFLOAT16
@@ -8,8 +17,7 @@
 #define DEPTH_STEP 2
 #endif
 
-/* Qt[d / 2][i] = the pair (rows[i][d], rows[i][d + 1]), zeros beyond D. */
-static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double mult)
+static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double scale)
 {
     real *Qt = Qt_;
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES, bytes = 2 * D;
@@ -20,7 +28,7 @@ static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec,
             vec x[LANES];
             load_columns(x, row, 4 * d, bytes - 4 * d);
             for (ptrdiff_t i = 0; i < LANES && d + i < pairs; i++)
-                v_store(Qt + (d + i) * ld + v * LANES, mult < 0 ? v_negate_pairs(x[i]) : x[i]);
+                v_store(Qt + (d + i) * ld + v * LANES, scale < 0 ? v_negate_pairs(x[i]) : x[i]);
         }
     }
 }
@@ -32,7 +40,8 @@ INLINE void clear_lanes_from(vec x[LANES], ptrdiff_t first)
     for (int i = 0; i < LANES; i++) x[i] = v_select(v_mask(live), x[i], v_set1(0));
 }
 
-/* Blocks of 32 keys x 32 elements: two transposes of pairs (d, d + 1), then pairs (k, k + 1). */
+/* A block of 2 * LANES keys by 2 * LANES elements is two transposes of pairs (d, d + 1), whose
+ * pairs are then put together as (k, k + 1). */
 static void pack_values(void *Vt_, ptrdiff_t packed_stride, const char *V, ptrdiff_t v_stride,
                         ptrdiff_t nk, ptrdiff_t Dv)
 {
@@ -58,15 +67,15 @@ static void pack_values(void *Vt_, ptrdiff_t packed_stride, const char *V, ptrdi
 }
 #define PACK_VALUES pack_values
 
-/* P as the softmax stores it: pairs of keys, in the first half of the place of the scores. k is
- * even; p[count] is -0.0 when count is odd. */
+/* P[k..k + count) = p, for the softmax, in pairs of keys. k is even; p[count] is -0.0 if count is
+ * odd. */
 INLINE void store_weights(real *S, ptrdiff_t ld, ptrdiff_t k, const vec *p, const int count)
 {
     for (int i = 0; i < count; i += 2)
         v_store(S + (k + i) / 2 * ld, v_to_pairs(p[i], p[i + 1]));
 }
 
-/* -0.0 where P was not written, up to the padded end. */
+/* P = -0.0 outside [begin, end), where the softmax stores nothing, up to the padded end. */
 INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nk)
 {
     const vec none = v_to_pairs(v_set1(-0.0f), v_set1(-0.0f));
@@ -76,7 +85,7 @@ INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, 
 }
 
 static void accumulate_nonfinite(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
-                           ptrdiff_t nk, ptrdiff_t Dv, int nvec)
+                                 ptrdiff_t nk, ptrdiff_t Dv, int nvec)
 {
     real *acc = acc_;
     const real *P = P_;
@@ -99,18 +108,18 @@ static void accumulate_nonfinite(void *acc_, const void *P_, const char *V, ptrd
 
 static int all_finite(const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv)
 {
-    int odd = 0;
+    int nonfinite = 0;
     for (ptrdiff_t k = 0; k < nk; k++, V += v_stride) {
         for (ptrdiff_t d = 0; d < Dv; d++) {
             uint16_t bits;
             memcpy(&bits, V + 2 * d, sizeof bits);
-            odd |= (bits & 0x7f80u) == 0x7f80u;
+            nonfinite |= (bits & 0x7f80u) == 0x7f80u;
         }
     }
-    return !odd;
+    return !nonfinite;
 }
 
-/* Spans are not used: what they would save is little beside the padding that they would need. */
+/* Spans are not used: they would have to be padded too, and would save little. */
 static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, ptrdiff_t nk,
                    ptrdiff_t D, int nvec, const qkv_span *span, const qkv_prefetch_rows *prefetch)
 {
@@ -118,7 +127,7 @@ static void scores(void *S, const void *Qt, const char *K, ptrdiff_t k_stride, p
     const ptrdiff_t pairs = (D + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
     qkv_prefetch_rows lists[2];
     (void)span;
-    if (prefetch) { /* two loops, as for reals */
+    if (prefetch) { /* a loop of its own, as for reals */
         memcpy(lists, prefetch, sizeof lists);
         product(S, Qt, K, k_stride, 4, rows, pairs, nvec, NULL, NULL, 1, lists);
     } else {

@@ -1,22 +1,29 @@
-/* Masks. */
-static void mask_positions(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first_,
-                        const void *last_)
+/* Which keys each lane may attend to, as bits.
+ *
+ *     mask_positions  allow[k] &= bit i where first_key[i] <= k <= last_key[i]
+ *     mask_bool       allow[k] &= bit i where rows[i][k * stride] is not 0
+ *
+ * allow is [nk] words, first_key and last_key are [ld] reals, aligned. Rows of a mask are the
+ * caller's bytes, at any alignment and stride; nothing behind a row's last key is read. */
+static void mask_positions(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first_key_,
+                           const void *last_key_)
 {
-    const real *first = first_, *last = last_;
+    const real *first_key = first_key_, *last_key = last_key_;
     for (ptrdiff_t k = 0; k < nk; k++) {
-        const vec at = v_set1((real)k);
+        const vec key_at = v_set1((real)k);
         uint64_t bits = 0;
         for (int v = 0; v < nvec; v++)
-            bits |= (v_le_bits(v_load(first + v * LANES), at) &
-                     v_le_bits(at, v_load(last + v * LANES)))
+            bits |= (v_le_bits(v_load(first_key + v * LANES), key_at) &
+                     v_le_bits(key_at, v_load(last_key + v * LANES)))
                     << (v * LANES);
         allow[k] &= bits;
     }
 }
 
-/* In 64 keys, a byte holds the bits of eight lanes for a key; then eight bytes are a key's word. */
+/* 64 keys at a time: bits[j][k] holds the bits of lanes 8 j to 8 j + 7 for key k, so that the inner
+ * loop runs along a row. Eight such bytes make up a key's word. */
 static void mask_bool(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
-                       ptrdiff_t stride)
+                      ptrdiff_t stride)
 {
     const int count = nvec * LANES;
     for (ptrdiff_t begin = 0; begin < nk; begin += 64) {
@@ -26,13 +33,14 @@ static void mask_bool(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const
         for (int i = 0; i < count; i++) {
             const char *row = rows[i] + begin * stride;
             __builtin_prefetch(row + nk * stride); /* the next block's */
-            uint8_t one[64], *to = bits[i / 8];
+            uint8_t mask[64], *lane_bits = bits[i / 8];
             if (stride == 1)
-                memcpy(one, row, (size_t)n);
+                memcpy(mask, row, (size_t)n);
             else
-                for (ptrdiff_t k = 0; k < n; k++) one[k] = (uint8_t)row[k * stride];
+                for (ptrdiff_t k = 0; k < n; k++) mask[k] = (uint8_t)row[k * stride];
             const uint8_t bit = (uint8_t)(1 << i % 8);
-            for (int k = 0; k < 64; k++) to[k] |= one[k] ? bit : 0; /* past n: never read */
+            /* A constant 64, so that the loop is vector code; bytes from n on are never used. */
+            for (int k = 0; k < 64; k++) lane_bits[k] |= mask[k] ? bit : 0;
         }
         for (ptrdiff_t k = 0; k < n; k++) {
             uint64_t word = 0;

@@ -1,19 +1,24 @@
-/* Both products by broadcasts: included by tile_tmpl.h, where no matrix unit does them. */
+/* The products of tiles by broadcasts and multiply-adds, for ISAs without a matrix unit.
+ *
+ *     C[r][:] = C[r][:] * rescale[:] + sum_t A[r][t] * B[t][:]      rescale NULL: C is overwritten
+ *
+ * For scores, A is K, B is Qt and C is S; to accumulate, A is V transposed, B is P and C is acc. C
+ * is [rows][ld] and B is [red][ld], aligned, of vectors. A[r][t], at A + r * a_row + t * a_red, is
+ * one real or one pair of bfloat16, at any alignment. A register tile is `rows` rows of up to
+ * STRIP vectors of C; rows that are left over are done in tiles of 16, 8, 4, 2 and 1. The sum
+ * begins at 0, so that its rounding errors do not grow with what C has summed up before. */
 #define ROW_STEP 1
 #define ENTER NULL
 #define LEAVE NULL
 
-/* The register tile of both products: C[r][0..nv) = C * rescale + sum_t A[r][t] * B[t][0..nv), where
- * A[r][t] is a real, or a pair of bfloat16, to broadcast at A + r * a_row + t * a_red; no rescale: C is
- * overwritten. The sum begins at 0, so that its rounding errors don't grow with all that C has
- * taken up before. `rows` and `nv` are constants where this is inlined, so that the accumulators are
- * registers. `prefetch` is fetched at about the pace at which A is read. (All at once between the
- * register tiles: a quarter slower from memory.) */
+/* rows and nv are constants where this is inlined, so that c and b are registers. `prefetch` is
+ * prefetched at about the pace at which A is read: all at once between register tiles, it takes a
+ * quarter longer from memory. */
 INLINE void register_tile(const int rows, const int nv, real *C, const real *B, ptrdiff_t ld,
                           const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
                           ptrdiff_t red, const real *rescale, qkv_prefetch_rows *prefetch)
 {
-    const int steps_a_line = 2 * rows * (int)sizeof(real) <= CACHE_LINE ? 2 : 1;
+    const int steps_per_line = 2 * rows * (int)sizeof(real) <= CACHE_LINE ? 2 : 1;
     vec c[24];
     UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
     for (ptrdiff_t t = 0; t < red; t++) {
@@ -21,35 +26,39 @@ INLINE void register_tile(const int rows, const int nv, real *C, const real *B, 
         UNROLL for (int v = 0; v < nv; v++) b[v] = v_load(B + v * LANES);
         UNROLL for (int r = 0; r < rows; r++) {
             const vec a = v_set1(load_real(A + r * a_row));
-            UNROLL for (int v = 0; v < nv; v++) c[r * nv + v] = MULTIPLY_ADD(a, b[v], c[r * nv + v]);
+            UNROLL for (int v = 0; v < nv; v++)
+                c[r * nv + v] = MULTIPLY_ADD(a, b[v], c[r * nv + v]);
         }
         A += a_red;
         B += ld;
-        if (prefetch && t % steps_a_line == 0) prefetch_next(prefetch);
+        if (prefetch && t % steps_per_line == 0) prefetch_next(prefetch);
     }
     if (rescale) {
-        vec factor[STRIP];
-        UNROLL for (int v = 0; v < nv; v++) factor[v] = v_load(rescale + v * LANES);
+        vec scale[STRIP];
+        UNROLL for (int v = 0; v < nv; v++) scale[v] = v_load(rescale + v * LANES);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < nv; v++)
-                c[r * nv + v] = v_fma(v_load(C + r * ld + v * LANES), factor[v], c[r * nv + v]);
+                c[r * nv + v] = v_fma(v_load(C + r * ld + v * LANES), scale[v], c[r * nv + v]);
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < nv; v++) v_store(C + r * ld + v * LANES, c[r * nv + v]);
 }
 
-/* A[r][t] lie side by side along r where it is V: then more rows are no more addresses. */
+/* Rows of a register tile if A is V: its elements follow one another along r, so that more rows
+ * need no more addresses. */
 #ifndef rows_of_values
 #define rows_of_values(nv) rows_of(nv)
 #endif
 
+/* nv vectors of C, `most` rows at a time. */
 INLINE void strip_product(const int nv, const int most, real *C, const real *B, ptrdiff_t ld,
                           const char *A, const ptrdiff_t a_row, const ptrdiff_t a_red,
-                          ptrdiff_t rows, ptrdiff_t red, const real *rescale, qkv_prefetch_rows *prefetch)
+                          ptrdiff_t rows, ptrdiff_t red, const real *rescale,
+                          qkv_prefetch_rows *prefetch)
 {
 #define TILE(n)                                                                                  \
     do {                                                                                         \
-        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, rescale, prefetch);                       \
+        register_tile(n, nv, C, B, ld, A, a_row, a_red, red, rescale, prefetch);                 \
         C += (n) * ld, A += (n) * a_row, rows -= (n);                                            \
     } while (0)
     while (rows >= most) TILE(most);
@@ -61,15 +70,16 @@ INLINE void strip_product(const int nv, const int most, real *C, const real *B, 
 #undef TILE
 }
 
-/* n <= STRIP vectors. */
-INLINE void some_vectors(int n, real *C, const real *B, ptrdiff_t ld, const char *A,
-                         const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
-                         ptrdiff_t red, const real *rescale, const int is_scores, qkv_prefetch_rows *prefetch)
+/* strip_product with nv, at most STRIP, as a constant. */
+INLINE void product_by_width(int nv, real *C, const real *B, ptrdiff_t ld, const char *A,
+                             const ptrdiff_t a_row, const ptrdiff_t a_red, ptrdiff_t rows,
+                             ptrdiff_t red, const real *rescale, const int is_scores,
+                             qkv_prefetch_rows *prefetch)
 {
-#define STRIP_OF(nv)                                                                             \
-    strip_product(nv, is_scores ? rows_of(nv) : rows_of_values(nv), C, B, ld, A, a_row, a_red,   \
-                  rows, red, rescale, prefetch)
-    switch (n) {
+#define STRIP_OF(width)                                                                          \
+    strip_product(width, is_scores ? rows_of(width) : rows_of_values(width), C, B, ld, A, a_row, \
+                  a_red, rows, red, rescale, prefetch)
+    switch (nv) {
     case 1: STRIP_OF(1); break;
 #if STRIP > 2
     case 2: STRIP_OF(2); break;
@@ -80,16 +90,18 @@ INLINE void some_vectors(int n, real *C, const real *B, ptrdiff_t ld, const char
 #undef STRIP_OF
 }
 
-/* C = C * rescale + A * B, at most STRIP vectors at a time. Spans skip only what adds nothing: for
- * scores rows of C, those that all vectors need being computed together; for values, terms of the
- * sums, for vectors of equal spans together. */
+/* The whole product, at most STRIP vectors at a time. A span only skips what adds nothing. For
+ * scores it skips rows of C: those that all vectors of a strip need are computed together, the
+ * others for each vector alone. To accumulate it skips terms of the sums, and vectors of equal
+ * spans make up a strip. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *rescale, const qkv_span *span, const int is_scores, qkv_prefetch_rows *prefetch)
+                    const real *rescale, const qkv_span *span, const int is_scores,
+                    qkv_prefetch_rows *prefetch)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0, n; v < nvec; v += n) {
-        const real *by = rescale ? rescale + v * LANES : NULL;
+        const real *strip_rescale = rescale ? rescale + v * LANES : NULL;
         int begin = 0, end = (int)(is_scores ? rows : red);
         n = nvec - v < STRIP ? nvec - v : STRIP;
         if (span && is_scores) {
@@ -103,13 +115,13 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
                 const real *b = B + i * LANES;
                 const ptrdiff_t first = span[i].begin, last = span[i].end;
                 const ptrdiff_t before = (begin < last ? begin : last) - first;
-                const ptrdiff_t from = end > first ? end : first;
+                const ptrdiff_t behind = end > first ? end : first;
                 if (before > 0)
-                    some_vectors(1, c + first * ld, b, ld, A + first * a_row, a_row, a_red, before,
-                                 red, by, 1, prefetch);
-                if (last > from)
-                    some_vectors(1, c + from * ld, b, ld, A + from * a_row, a_row, a_red,
-                                 last - from, red, by, 1, prefetch);
+                    product_by_width(1, c + first * ld, b, ld, A + first * a_row, a_row, a_red,
+                                     before, red, strip_rescale, 1, prefetch);
+                if (last > behind)
+                    product_by_width(1, c + behind * ld, b, ld, A + behind * a_row, a_row, a_red,
+                                     last - behind, red, strip_rescale, 1, prefetch);
             }
         } else if (span) {
             begin = span[v].begin, end = span[v].end;
@@ -117,11 +129,11 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
                 if (span[v + i].begin != begin || span[v + i].end != end) n = i;
         }
         if (is_scores)
-            some_vectors(n, C + v * LANES + begin * ld, B + v * LANES, ld, A + begin * a_row,
-                         a_row, a_red, end - begin, red, by, 1, prefetch);
+            product_by_width(n, C + v * LANES + begin * ld, B + v * LANES, ld, A + begin * a_row,
+                             a_row, a_red, end - begin, red, strip_rescale, 1, prefetch);
         else
-            some_vectors(n, C + v * LANES, B + v * LANES + begin * ld, ld, A + begin * a_red,
-                         a_row, a_red, rows, end - begin, by, 0, NULL);
+            product_by_width(n, C + v * LANES, B + v * LANES + begin * ld, ld, A + begin * a_red,
+                             a_row, a_red, rows, end - begin, strip_rescale, 0, NULL);
     }
 }
 
@@ -134,7 +146,7 @@ static double fma_chain(ptrdiff_t n)
     for (ptrdiff_t t = 0; t < n; t++)
         UNROLL for (int i = 0; i < 24; i++) c[i] = MULTIPLY_ADD(a, b, c[i]);
     UNROLL for (int i = 0; i < 24; i++) sum = v_add(sum, c[i]);
-    real lanes[LANES];
+    real lanes[LANES]; /* the result is returned so that the compiler keeps the sums */
     v_store(lanes, sum);
     return (double)lanes[0];
 }

@@ -1,5 +1,13 @@
-/* Both products on AMX, whose unit multiplies 16 x 32 by 32 x 16 bfloat16: included by
- * tile_tmpl.h. Tiles of 32 rows: S, Qt, acc and a block of K or V of head size 64 fit into 48 KiB. */
+/* The products of tiles on AMX, whose unit multiplies 16 x 32 by 32 x 16 bfloat16.
+ *
+ *     C[r][:] = C[r][:] * rescale[:] + sum_t A[r][t] * B[t][:]      rescale NULL: C is overwritten
+ *
+ * For scores, A is K, B is Qt and C is S; to accumulate, A is Vt, B is P and C is acc. C is
+ * [rows][ld] floats, A is [rows][red] and B [red][ld] pairs of bfloat16; C and B are aligned. rows
+ * and red are multiples of 16, so there are no tails: the engine pads by ROW_STEP and DEPTH_STEP.
+ *
+ * A query tile has 32 rows: S, Qt, acc and a block of K or V of head size 64 then fit into an L1d
+ * of 48 KiB. */
 #undef TILE_Q
 #define TILE_Q (2 * LANES)
 #define ROW_STEP 16
@@ -7,8 +15,8 @@
 #define ENTER open_matrix_unit
 #define LEAVE close_matrix_unit
 
-/* All eight tile registers hold 16 rows of 64 bytes. Constant, since compilers do not know that
- * ldtilecfg and tileloadd read memory. */
+/* Each of the eight AMX tiles holds 16 rows of 64 bytes. This is constant because compilers do not
+ * know that ldtilecfg reads memory. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -23,7 +31,7 @@ static void open_matrix_unit(void) { _tile_loadconfig(&tile_shapes); }
 
 static void close_matrix_unit(void) { _tile_release(); }
 
-/* 16 or 32 rows of C by 16 or 32 lanes: C (+)= A * B over `steps` times 32. */
+/* 16 or 32 rows of C by one or two vectors: C = A * B, or C += A * B, over 32 * steps bfloat16. */
 INLINE void matrix_tile(const int two_rows, const int two_vecs, real *C, const real *B,
                         ptrdiff_t ld, const char *A, ptrdiff_t a_row, ptrdiff_t steps,
                         const int add)
@@ -57,8 +65,8 @@ INLINE void matrix_tile(const int two_rows, const int two_vecs, real *C, const r
     if (two_rows && two_vecs) _tile_stored(3, C2 + LANES, ld_bytes);
 }
 
-/* C = A * B for all rows of 32 lanes, where B, at most 64 deep, stays in four registers: half the
- * loads, and the stores of two tiles go on beside the products of the next. */
+/* C = A * B for all rows of two vectors. B, at most 64 bfloat16 deep, stays in four AMX tiles: that
+ * halves the loads, and the stores of two results overlap with the products of the next two. */
 INLINE void matrix_rows(real *C, const real *B, ptrdiff_t ld, const char *A, ptrdiff_t a_row,
                         ptrdiff_t rows, const int two_steps)
 {
@@ -83,31 +91,32 @@ INLINE void matrix_rows(real *C, const real *B, ptrdiff_t ld, const char *A, ptr
     }
 }
 
-/* C[rows][:] *= rescale[:], unless that is 1 in every lane. */
+/* C[r][:] *= rescale[:] for the vectors in which that is not 1 everywhere. */
 INLINE void rescale_rows(real *C, ptrdiff_t rows, int nvec, const real *rescale)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES;
     for (int v = 0; v < nvec; v++) {
-        const vec factor = v_load(rescale + v * LANES);
-        if (v_le_bits(v_set1(1), factor) == ALL_LANES) continue;
+        const vec scale = v_load(rescale + v * LANES);
+        if (v_le_bits(v_set1(1), scale) == ALL_LANES) continue;
         for (ptrdiff_t r = 0; r < rows; r++) {
             real *c = C + r * ld + v * LANES;
-            v_store(c, v_mul(v_load(c), factor));
+            v_store(c, v_mul(v_load(c), scale));
         }
     }
 }
 
-/* C[rows][ld] = C * rescale + A[rows][red] * B[red][ld]; rows a multiple of 16, red, in pairs of
- * bfloat16, of 16; a_red is 4. Nothing is fetched: that gains little from memory,
- * and costs in the caches. */
+/* a_red is 4, the size of a pair. Nothing is prefetched: that gains 5 % if K and V come from
+ * memory, and loses as much or more if they come from the caches. */
 INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row,
                     const ptrdiff_t a_red, ptrdiff_t rows, ptrdiff_t red, int nvec,
-                    const real *rescale, const qkv_span *span, const int is_scores, qkv_prefetch_rows *prefetch)
+                    const real *rescale, const qkv_span *span, const int is_scores,
+                    qkv_prefetch_rows *prefetch)
 {
     const ptrdiff_t ld = (ptrdiff_t)nvec * LANES, steps = red / 16;
     (void)a_red, (void)span, (void)is_scores, (void)prefetch;
     if (rescale) rescale_rows(C, rows, nvec, rescale);
-    __asm__ volatile("" ::: "memory"); /* before the unit reads it */
+    /* The unit reads what was just stored, which the compiler does not know. */
+    __asm__ volatile("" ::: "memory");
     if (!rescale && steps == 2 && nvec == 2) {
         matrix_rows(C, B, ld, A, a_row, rows, 1);
         return;

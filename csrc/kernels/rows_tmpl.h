@@ -1,4 +1,12 @@
-/* Rows. */
+/* Rows of the caller's: results out of the accumulator, and 16-bit types and int8 to and from
+ * float.
+ *
+ *     store_rows  rows[i][d] = acc[d][i] * weight[i], by transposing LANES x LANES blocks
+ *     widen       row[0..n) = src[0..n)               narrow  dst[0..n) = row[0..n), rounded
+ *
+ * acc is [Dv][ld], weight [ld], both aligned; rows, src and dst have any alignment and unit
+ * stride. The last Dv % LANES or n % LANES elements go through a buffer on the stack, so that
+ * nothing behind a row is read or written. */
 static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t Dv, int nvec,
                        const void *weight_)
 {
@@ -18,9 +26,9 @@ static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t
                 for (int i = 0; i < live; i++) v_store((real *)(rows[v * LANES + i] + at), x[i]);
             } else {
                 for (int i = 0; i < live; i++) {
-                    real part[LANES];
-                    v_store(part, x[i]);
-                    memcpy(rows[v * LANES + i] + at, part, (size_t)n * sizeof(real));
+                    real row_end[LANES];
+                    v_store(row_end, x[i]);
+                    memcpy(rows[v * LANES + i] + at, row_end, (size_t)n * sizeof(real));
                 }
             }
         }
@@ -28,23 +36,23 @@ static void store_rows(char *const *rows, int count, const void *acc_, ptrdiff_t
 }
 
 #if REAL_BITS == 32
-INLINE void widen_of(const int type, float *row, const char *src, ptrdiff_t n)
+INLINE void widen_type(const int type, float *row, const char *src, ptrdiff_t n)
 {
     ptrdiff_t i = 0;
     for (; i + LANES <= n; i += LANES) v_store(row + i, load_lanes(src + i * BYTES_OF(type), type));
     if (i < n) {
-        float rest[LANES];
-        v_store(rest, load_some_lanes(src + i * BYTES_OF(type), n - i, type));
-        memcpy(row + i, rest, (size_t)(n - i) * sizeof(float));
+        float row_end[LANES];
+        v_store(row_end, load_first_lanes(src + i * BYTES_OF(type), n - i, type));
+        memcpy(row + i, row_end, (size_t)(n - i) * sizeof(float));
     }
 }
 
 static void widen(void *row, const char *src, ptrdiff_t n, int type)
 {
     switch (type) {
-    case QKV_FLOAT16: widen_of(QKV_FLOAT16, row, src, n); break;
-    case QKV_BFLOAT16: widen_of(QKV_BFLOAT16, row, src, n); break;
-    default: widen_of(QKV_INT8, row, src, n); break;
+    case QKV_FLOAT16: widen_type(QKV_FLOAT16, row, src, n); break;
+    case QKV_BFLOAT16: widen_type(QKV_BFLOAT16, row, src, n); break;
+    default: widen_type(QKV_INT8, row, src, n); break;
     }
 }
 
@@ -58,13 +66,13 @@ static void narrow(char *dst, const void *row_, ptrdiff_t n, int type)
         for (; i + LANES <= n; i += LANES) v_store_bfloat(dst + 2 * i, v_load(row + i));
     }
     if (i < n) {
-        char part[2 * LANES];
-        const vec rest = load_part((const char *)(row + i), (n - i) * (ptrdiff_t)sizeof(float));
+        char dst_end[2 * LANES];
+        const vec row_end = load_bytes((const char *)(row + i), (n - i) * (ptrdiff_t)sizeof(float));
         if (type == QKV_FLOAT16)
-            v_store_half(part, rest);
+            v_store_half(dst_end, row_end);
         else
-            v_store_bfloat(part, rest);
-        memcpy(dst + 2 * i, part, (size_t)(n - i) * 2);
+            v_store_bfloat(dst_end, row_end);
+        memcpy(dst + 2 * i, dst_end, (size_t)(n - i) * 2);
     }
 }
 #define WIDEN widen

@@ -1,7 +1,16 @@
-/* The tile kernels, written once. Include after a simd/ header, which defines `real`, `vec`,
- * LANES, STRIP (vectors in a register tile) and rows_of(nv), the rows that fill the registers;
- * QKV_TABLE names the table that is exported, QKV_ISA its ISA, QKV_PAIRS that operands are bfloat16,
- * QKV_MATRIX_UNIT that a matrix unit multiplies them. Formulas: kernels.h. */
+/* A table of kernels from templates that are written once for all ISAs and reals.
+ *
+ * Formulas, shapes and layouts: kernels.h. An isa/ file includes this after a header of simd/, and
+ * defines before both
+ *
+ *     REAL_BITS        32: real is float; 64: double
+ *     QKV_ISA          the ISA's name, a string
+ *     QKV_TABLE        the name of the table, qkv_tile_kernels_<input type>_<isa>
+ *     QKV_TARGET       the compiler's names of the features used (see simd/target_push.h)
+ *     QKV_PAIRS        if defined, inputs are bfloat16, in pairs
+ *     QKV_MATRIX_UNIT  if defined, a matrix unit multiplies them
+ *
+ * A *_tmpl.h is part of every table; of product_*.h and inputs_*.h, a table has one each. */
 #include "../runtime/convert.h"
 #include "../runtime/elements.h"
 #include "kernels.h"
@@ -13,11 +22,11 @@
 #include "exp2.h"
 
 #ifdef QKV_PAIRS
-#define ROUGH 1
+#define ROUGH_EXP2 1
 #define MULTIPLY_ADD(a, b, c) v_dot_pairs(a, b, c)
 #define MULTIPLY_ADD_FLOP 4
 #else
-#define ROUGH 0
+#define ROUGH_EXP2 0
 #define MULTIPLY_ADD(a, b, c) v_fma(a, b, c)
 #define MULTIPLY_ADD_FLOP 2
 #endif
@@ -29,6 +38,7 @@
 #ifdef QKV_PAIRS
 #include "inputs_bf16.h"
 #else
+#include "decode_tmpl.h"
 #include "inputs_real.h"
 #endif
 #include "modifiers_tmpl.h"

@@ -46,7 +46,7 @@ static double load_element(const char *p, int type)
     }
 }
 
-static float narrow(double x)
+static float finite_float(double x)
 {
     if (isfinite(x) && fabs(x) > FLT_MAX) return x > 0 ? FLT_MAX : -FLT_MAX;
     return (float)x;
@@ -72,7 +72,8 @@ void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdi
         for (ptrdiff_t i = 0; i < n; i++) to[i] = float_of_bfloat(load16(src + i * stride, 0));
         return;
     default:
-        for (ptrdiff_t i = 0; i < n; i++) to[i] = narrow(load_element(src + i * stride, type));
+        for (ptrdiff_t i = 0; i < n; i++)
+            to[i] = finite_float(load_element(src + i * stride, type));
     }
 }
 

@@ -1,4 +1,4 @@
-/* One element of the 16-bit types: float16 and bfloat16 to float and back, rounded to nearest even. */
+/* One element: float16 and bfloat16 ("bfloat") to float and back, rounded to nearest even. */
 #ifndef QKV_ELEMENTS_H
 #define QKV_ELEMENTS_H
 
@@ -20,7 +20,7 @@ static inline uint32_t bits_of_float(float x)
 }
 
 /* The exponent and mantissa, shifted to float32's places, are the half's value times 2^-112;
- * one multiplication by 2^112 sets that right, subnormals included. */
+ * a multiplication by 2^112 corrects that, for subnormals too. */
 static inline float float_of_half(uint16_t half)
 {
     const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = half & 0x7fffu;

@@ -9,35 +9,44 @@
 
 #define MAX_WORKERS 255
 
-/* How long an idle worker spins before it sleeps, in nanoseconds from the end of the last job on: the
- * most if that was enough the last time, else the least. So it stays awake through a loop of calls,
- * between which lies Python with caches that the keys have swept (9 to 60 us), and keeps out of the
- * way of BLAS threads where longer work lies between them. Measured on two CPUs of a virtual machine:
- * - A worker that slept costs a call 60 to 80 us: 32 heads, a query, 512 keys take 415 us, and 335
- *   without that; bfloat16 250 and 170.
- * - benches/bench_interplay.py, a 256 x 256 product (125 us) and 1,12,128,64 in turn: 370-390 us with 8
- *   to 24 us of spin, 400 us with 40, and 45 % more with 200. These bounds give the first.
- * - What they cost: with a 128 x 128 product (35 us on two threads) the pair takes 327 us; it would
- *   take 249 with the least alone. To yield the CPU meanwhile made that worse. */
+/* How long an idle worker spins before it sleeps, in nanoseconds from the end of the last job on:
+ * SPIN_MOST if that would have been enough the last time, else SPIN_LEAST. So it stays awake
+ * through a loop of calls, between which Python runs for 9 to 60 us, and keeps out of the way of
+ * BLAS threads if longer work lies between the calls. Chosen by benches/bench_interplay.py on a
+ * virtual machine with two CPUs; times are those of a call or pair, and less is better.
+ *
+ *     one query, 512 keys of 32 heads, float32, the worker asleep         415 us
+ *     the same, awake                                                     335 us
+ *     the same in bfloat16, asleep                                        250 us
+ *     the same in bfloat16, awake                                         170 us
+ *     a 256 x 256 product and 1,12,128,64 in turn, a spin of 8 to 24 us   370-390 us
+ *     the same, with these bounds                                         370-390 us
+ *     the same, a spin of 40 us                                           400 us
+ *     the same, a spin of 200 us                                          45 % more
+ *     a 128 x 128 product and 1,12,128,64 in turn, with these bounds      327 us
+ *     the same, a spin of SPIN_LEAST                                      249 us
+ *
+ * A worker that yields its CPU while it spins makes the last pair slower. */
 #define SPIN_LEAST 18000
 #define SPIN_MOST 100000
 
-/* And from the first announcement of a job on that finds it awake: longer than a call's Python takes
- * with empty caches, 100 to 150 us. (A query of 32 heads over 8, 512 keys, caches swept before each
- * call: float32 840 us, and 720 with this, bfloat16 700 and 610.) */
-#define SPIN_ANNOUNCED 300000
+/* How long it spins once a call has begun, in nanoseconds: longer than the call's Python takes
+ * before its tasks, 100 to 150 us if the caches are empty. On the same machine, a query of 32
+ * heads over 8, 512 keys, whose caches are swept before each call, takes 720 us with this and 840
+ * without in float32; in bfloat16 610 and 700. */
+#define SPIN_AFTER_CALL_START 300000
 
-typedef struct { /* a thread's own range of tasks, on a cache line of its own */
+typedef struct { /* the range of tasks that a thread starts with, on a cache line of its own */
     _Alignas(64) _Atomic ptrdiff_t next;
     ptrdiff_t end;
-} part;
+} task_range;
 
 typedef struct {
     qkv_task task;
     const void *context;
-    part *parts;
+    task_range *ranges;
     int threads;
-    long long began;
+    long long began;    /* nanoseconds() when it was handed out */
     atomic_int running; /* workers that have not yet finished with this job */
 } job;
 
@@ -47,21 +56,21 @@ typedef struct worker {
     int thread; /* its number within the job */
     pthread_t id;
 #if defined(__linux__)
-    cpu_set_t cpus; /* where it may run, while `placed` on fewer */
-    int placed;
+    cpu_set_t cpus; /* where it may run, while it is restricted to fewer */
+    int restricted;
 #endif
     atomic_int asleep;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 } worker;
 
-static job begun; /* stands in a worker's `job` while it works */
+static job taken; /* stands in a worker's `job` while it works on one */
 static worker workers[MAX_WORKERS];
 static int worker_count;
-static worker *idle;
+static worker *idle_workers;
 static pthread_mutex_t idle_mutex = PTHREAD_MUTEX_INITIALIZER;
-static atomic_int jobs; /* that run at the moment */
-static atomic_llong announced;
+static atomic_int running_jobs;
+static atomic_llong last_call_start; /* nanoseconds() of qkv_notify_call_start */
 static atomic_int forked;
 
 static void note_fork(void) { atomic_store(&forked, 1); }
@@ -87,28 +96,29 @@ static void pause_briefly(void)
 #endif
 }
 
-/* A thread's own tasks, then what is left of the others'. Neighbouring tasks share inputs, so a
- * range of them for each thread keeps those in one core's cache. */
-static void take_part(job *j, int thread)
+/* Runs the tasks of the thread's range, then what is left of the others' ranges. Neighbouring tasks
+ * share inputs, so a range for each thread keeps those in one core's cache. */
+static void run_tasks(job *j, int thread)
 {
     for (int k = 0; k < j->threads; k++) {
-        part *p = &j->parts[(thread + k) % j->threads];
+        task_range *range = &j->ranges[(thread + k) % j->threads];
         ptrdiff_t i;
-        while ((i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < p->end)
+        while ((i = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end)
             j->task(j->context, thread, i);
     }
 }
 
-/* The job that was given, marked as begun; NULL when there is none, or it was called off. */
-static job *claim(worker *self)
+/* Returns the job that was handed over, and marks it as taken; NULL if there is none, or if it was
+ * called off. */
+static job *take_job(worker *self)
 {
     job *j = atomic_load_explicit(&self->job, memory_order_acquire);
-    return j && atomic_compare_exchange_strong(&self->job, &j, &begun) ? j : NULL;
+    return j && atomic_compare_exchange_strong(&self->job, &j, &taken) ? j : NULL;
 }
 
-/* A sleeping worker is woken on a CPU other than the caller's. Left alone, the scheduler wakes it
- * behind the caller when a spinning thread of NumPy's BLAS makes the other CPUs look busy, and the
- * caller then does all the work. Once awake it may go where it likes again. */
+/* Wakes a sleeping worker on a CPU other than the caller's. Left alone, the scheduler wakes it
+ * behind the caller if a spinning thread of NumPy's BLAS makes the other CPUs look busy, and the
+ * caller then does all the work. The worker lifts the restriction when it is awake. */
 static void wake_elsewhere(worker *w)
 {
 #if defined(__linux__)
@@ -116,46 +126,48 @@ static void wake_elsewhere(worker *w)
     if (here >= 0 && !sched_getaffinity(0, sizeof w->cpus, &w->cpus)) {
         cpu_set_t others = w->cpus;
         CPU_CLR(here, &others);
-        w->placed = CPU_COUNT(&others) && !pthread_setaffinity_np(w->id, sizeof others, &others);
+        w->restricted =
+            CPU_COUNT(&others) && !pthread_setaffinity_np(w->id, sizeof others, &others);
     }
 #endif
     pthread_cond_signal(&w->wake);
 }
 
-static void unplace(worker *self)
+static void lift_restriction(worker *self)
 {
 #if defined(__linux__)
-    if (self->placed) pthread_setaffinity_np(self->id, sizeof self->cpus, &self->cpus);
-    self->placed = 0;
+    if (self->restricted) pthread_setaffinity_np(self->id, sizeof self->cpus, &self->cpus);
+    self->restricted = 0;
 #else
     (void)self;
 #endif
 }
 
-/* The next job; *spin: for how long not to sleep, then for how long after it. */
-static job *await_job(worker *self, long long *spin)
+/* Waits for a job and returns it. *spin is how long to spin before sleeping; it becomes the time
+ * for the wait after this job. */
+static job *wait_for_job(worker *self, long long *spin)
 {
     job *j;
     long long idle_since = nanoseconds(), until = idle_since + *spin, waited = -1;
-    for (long long now = idle_since; !(j = claim(self)) && now < until;) {
+    for (long long now = idle_since; !(j = take_job(self)) && now < until;) {
         pause_briefly();
         now = nanoseconds();
-        if (atomic_load_explicit(&jobs, memory_order_relaxed)) {
+        if (atomic_load_explicit(&running_jobs, memory_order_relaxed)) {
             idle_since = now;
             until = now + *spin;
             waited = -1;
         } else if (waited < 0 &&
-                   atomic_load_explicit(&announced, memory_order_relaxed) > idle_since) {
+                   atomic_load_explicit(&last_call_start, memory_order_relaxed) > idle_since) {
             waited = now - idle_since;
-            until = now + SPIN_ANNOUNCED;
+            until = now + SPIN_AFTER_CALL_START;
         }
     }
     if (!j) {
         pthread_mutex_lock(&self->mutex);
         atomic_store(&self->asleep, 1);
-        while (!(j = claim(self))) pthread_cond_wait(&self->wake, &self->mutex);
+        while (!(j = take_job(self))) pthread_cond_wait(&self->wake, &self->mutex);
         atomic_store(&self->asleep, 0);
-        unplace(self);
+        lift_restriction(self);
         pthread_mutex_unlock(&self->mutex);
         waited = j->began - idle_since;
     }
@@ -164,23 +176,24 @@ static job *await_job(worker *self, long long *spin)
     return j;
 }
 
-static void rest(worker *w)
+static void join_idle_workers(worker *w)
 {
     pthread_mutex_lock(&idle_mutex);
-    w->next_idle = idle;
-    idle = w;
+    w->next_idle = idle_workers;
+    idle_workers = w;
     pthread_mutex_unlock(&idle_mutex);
 }
 
-static void *work(void *argument)
+static void *worker_main(void *argument)
 {
     worker *self = argument;
     for (long long spin = SPIN_LEAST;;) {
-        job *j = await_job(self, &spin);
-        take_part(j, self->thread);
+        job *j = wait_for_job(self, &spin);
+        run_tasks(j, self->thread);
         atomic_store_explicit(&self->job, NULL, memory_order_relaxed);
-        rest(self);
-        atomic_fetch_sub_explicit(&j->running, 1, memory_order_release); /* j is gone after this */
+        join_idle_workers(self);
+        /* The caller may return now: j is gone after this. */
+        atomic_fetch_sub_explicit(&j->running, 1, memory_order_release);
     }
     return NULL;
 }
@@ -191,11 +204,11 @@ static worker *start_worker(void)
     worker *w = &workers[worker_count];
     pthread_mutex_init(&w->mutex, NULL);
     pthread_cond_init(&w->wake, NULL);
-    /* Signals are for the program's own threads. */
+    /* The program's signal handlers run on its own threads only. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    const int failed = pthread_create(&w->id, NULL, work, w);
+    const int failed = pthread_create(&w->id, NULL, worker_main, w);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (failed) return NULL;
     pthread_detach(w->id);
@@ -203,10 +216,11 @@ static worker *start_worker(void)
     return w;
 }
 
-static void give(worker *w, job *j)
+static void hand_over(worker *w, job *j)
 {
     atomic_store(&w->job, j);
-    if (atomic_load(&w->asleep)) { /* set under the mutex before it looks at `job` again */
+    /* A worker sets `asleep` under the mutex before it looks at `job` for the last time. */
+    if (atomic_load(&w->asleep)) {
         pthread_mutex_lock(&w->mutex);
         wake_elsewhere(w);
         pthread_mutex_unlock(&w->mutex);
@@ -217,53 +231,66 @@ static ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 void qkv_notify_call_start(void)
 {
-    atomic_store_explicit(&announced, nanoseconds(), memory_order_relaxed);
+    atomic_store_explicit(&last_call_start, nanoseconds(), memory_order_relaxed);
+}
+
+/* Takes up to `wanted` idle workers, starting new ones only while there are fewer than that in
+ * all. */
+static int hire(worker **hired, int wanted)
+{
+    int count = 0;
+    pthread_mutex_lock(&idle_mutex);
+    while (count < wanted) {
+        worker *w = idle_workers;
+        if (w)
+            idle_workers = w->next_idle;
+        else if (worker_count >= wanted || !(w = start_worker()))
+            break;
+        w->thread = count + 1;
+        hired[count++] = w;
+    }
+    pthread_mutex_unlock(&idle_mutex);
+    return count;
+}
+
+/* Takes the job back from workers that have not begun: another thread may have their CPU for long.
+ */
+static void call_off(job *j, worker **hired, int count)
+{
+    for (int i = 0; i < count; i++) {
+        job *handed = j;
+        if (atomic_compare_exchange_strong(&hired[i]->job, &handed, NULL)) {
+            join_idle_workers(hired[i]);
+            atomic_fetch_sub(&j->running, 1);
+        }
+    }
 }
 
 void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t count, int threads)
 {
-    worker *mine[MAX_WORKERS];
-    part parts[MAX_WORKERS + 1];
-    job j = {.task = task, .context = context, .parts = parts};
-    int hired = 0;
+    worker *hired[MAX_WORKERS];
+    task_range ranges[MAX_WORKERS + 1];
+    job j = {.task = task, .context = context, .ranges = ranges};
+    int workers_hired = 0;
     if (threads > MAX_WORKERS + 1) threads = MAX_WORKERS + 1;
-    if (threads > 1 && !qkv_forked()) {
-        pthread_mutex_lock(&idle_mutex);
-        while (hired < threads - 1) {
-            worker *w = idle;
-            if (w)
-                idle = w->next_idle;
-            else if (worker_count >= threads - 1 || !(w = start_worker()))
-                break;
-            w->thread = hired + 1;
-            mine[hired++] = w;
-        }
-        pthread_mutex_unlock(&idle_mutex);
-    }
-    j.threads = hired + 1;
+    if (threads > 1 && !qkv_forked()) workers_hired = hire(hired, threads - 1);
+    j.threads = workers_hired + 1;
     for (int i = 0; i < j.threads; i++) {
-        atomic_store_explicit(&parts[i].next, count / j.threads * i + min(i, count % j.threads),
+        atomic_store_explicit(&ranges[i].next, count / j.threads * i + min(i, count % j.threads),
                               memory_order_relaxed);
-        parts[i].end = count / j.threads * (i + 1) + min(i + 1, count % j.threads);
+        ranges[i].end = count / j.threads * (i + 1) + min(i + 1, count % j.threads);
     }
-    j.began = hired ? nanoseconds() : 0;
-    atomic_store(&j.running, hired);
-    atomic_fetch_add_explicit(&jobs, 1, memory_order_relaxed);
-    for (int i = 0; i < hired; i++) give(mine[i], &j);
-    take_part(&j, 0);
-    /* Call off the workers that have not begun: another thread may have their CPU for long. */
-    for (int i = 0; i < hired; i++) {
-        job *given = &j;
-        if (atomic_compare_exchange_strong(&mine[i]->job, &given, NULL)) {
-            rest(mine[i]);
-            atomic_fetch_sub(&j.running, 1);
-        }
-    }
+    j.began = workers_hired ? nanoseconds() : 0;
+    atomic_store(&j.running, workers_hired);
+    atomic_fetch_add_explicit(&running_jobs, 1, memory_order_relaxed);
+    for (int i = 0; i < workers_hired; i++) hand_over(hired[i], &j);
+    run_tasks(&j, 0);
+    call_off(&j, hired, workers_hired);
     for (int spins = 0; atomic_load_explicit(&j.running, memory_order_acquire); spins++) {
         pause_briefly();
         if (spins <= 1000) continue;
         sched_yield(); /* the worker may be waiting for this CPU */
         if (wait) wait(context);
     }
-    atomic_fetch_sub_explicit(&jobs, 1, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&running_jobs, 1, memory_order_relaxed);
 }

@@ -1,4 +1,5 @@
-/* The vocabulary on AVX2 + FMA: vectors of 32 bytes, 16 registers. */
+/* SIMD wrappers for AVX2, FMA and F16C: vectors of 32 bytes, 16 registers. The names and their
+ * meaning are those of scalar.h. */
 #include "limits.h"
 
 #include <immintrin.h>
@@ -11,50 +12,50 @@
 
 #if REAL_BITS == 32
 typedef __m256 vec, vmask;
-SIMD_INLINE vec v_set1(real x) { return _mm256_set1_ps(x); }
-SIMD_INLINE vec v_load(const real *p) { return _mm256_loadu_ps(p); }
-SIMD_INLINE void v_store(real *p, vec x) { _mm256_storeu_ps(p, x); }
-SIMD_INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
-SIMD_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
-SIMD_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-SIMD_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
-SIMD_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-SIMD_INLINE vec v_abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-SIMD_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where one is NaN */
-SIMD_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); } /* b where one is NaN */
-SIMD_INLINE vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
-SIMD_INLINE vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_ps(b, a, sign); }
-SIMD_INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
+INLINE vec v_set1(real x) { return _mm256_set1_ps(x); }
+INLINE vec v_load(const real *p) { return _mm256_loadu_ps(p); }
+INLINE void v_store(real *p, vec x) { _mm256_storeu_ps(p, x); }
+INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
+INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec v_abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where one is NaN */
+INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); } /* b where one is NaN */
+INLINE vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
+INLINE vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_ps(b, a, sign); }
+INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
 {
     *n = _mm256_round_ps(x, 8); /* 8: to nearest, no exceptions */
     return _mm256_sub_ps(x, *n);
 }
-SIMD_INLINE vec v_ldexp(vec x, vec n) /* x * 2^n, n an integer, 2^n a normal number */
+INLINE vec v_ldexp(vec x, vec n) /* x * 2^n, n an integer, 2^n a normal number */
 {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));
 }
-SIMD_INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
+INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
 {
     *n = _mm256_round_ps(x, 9); /* 9: downwards, no exceptions */
     return _mm256_sub_ps(x, *n);
 }
-SIMD_INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
 {
     return _mm256_andnot_ps(_mm256_cmp_ps(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
 }
-SIMD_INLINE uint64_t v_le_bits(vec a, vec b)
+INLINE uint64_t v_le_bits(vec a, vec b)
 {
     return (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ));
 }
-SIMD_INLINE vmask v_mask(uint64_t bits)
+INLINE vmask v_mask(uint64_t bits)
 {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i x = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, lane));
 }
-SIMD_INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
-SIMD_INLINE void v_transpose(vec x[LANES])
+INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
+INLINE void v_transpose(vec x[LANES])
 {
     vec t[8];
     for (int i = 0; i < 8; i += 2) { /* pairs of rows, then fours, then the two halves */
@@ -75,7 +76,7 @@ SIMD_INLINE void v_transpose(vec x[LANES])
 }
 /* Lane i = the sum of x[i]'s lanes: within halves as v_transpose pairs them, then the halves. */
 #define HAVE_SUM_EACH
-SIMD_INLINE vec v_sum_each(vec x[LANES])
+INLINE vec v_sum_each(vec x[LANES])
 {
     vec y[4], z[2];
     for (int i = 0; i < 4; i++)
@@ -88,30 +89,30 @@ SIMD_INLINE vec v_sum_each(vec x[LANES])
                  _mm256_permute2f128_ps(z[0], z[1], 0x31));
 }
 #define HAVE_REPEAT
-SIMD_INLINE vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
+INLINE vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
 {
     const __m256i i = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_srl_epi32(i, shift));
 }
-SIMD_INLINE vec v_load_half(const char *p)
+INLINE vec v_load_half(const char *p)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
-SIMD_INLINE vec v_load_bfloat(const char *p)
+INLINE vec v_load_bfloat(const char *p)
 {
     const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
-SIMD_INLINE vec v_load_int8(const char *p)
+INLINE vec v_load_int8(const char *p)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
-SIMD_INLINE void v_store_half(char *p, vec x)
+INLINE void v_store_half(char *p, vec x)
 {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, 0)); /* 0: to nearest even */
 }
-SIMD_INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept, and made quiet */
+INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept, and made quiet */
 {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -125,51 +126,51 @@ SIMD_INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN 
 }
 #else
 typedef __m256d vec, vmask;
-SIMD_INLINE vec v_set1(real x) { return _mm256_set1_pd(x); }
-SIMD_INLINE vec v_load(const real *p) { return _mm256_loadu_pd(p); }
-SIMD_INLINE void v_store(real *p, vec x) { _mm256_storeu_pd(p, x); }
-SIMD_INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
-SIMD_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
-SIMD_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
-SIMD_INLINE vec v_div(vec a, vec b) { return _mm256_div_pd(a, b); }
-SIMD_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
-SIMD_INLINE vec v_abs(vec x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
-SIMD_INLINE vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
-SIMD_INLINE vec v_min(vec a, vec b) { return _mm256_min_pd(a, b); }
-SIMD_INLINE vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_pd(b, a, m); }
-SIMD_INLINE vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_pd(b, a, sign); }
-SIMD_INLINE vec v_split(vec x, vec *n)
+INLINE vec v_set1(real x) { return _mm256_set1_pd(x); }
+INLINE vec v_load(const real *p) { return _mm256_loadu_pd(p); }
+INLINE void v_store(real *p, vec x) { _mm256_storeu_pd(p, x); }
+INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
+INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
+INLINE vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
+INLINE vec v_div(vec a, vec b) { return _mm256_div_pd(a, b); }
+INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE vec v_abs(vec x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
+INLINE vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
+INLINE vec v_min(vec a, vec b) { return _mm256_min_pd(a, b); }
+INLINE vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_pd(b, a, m); }
+INLINE vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_pd(b, a, sign); }
+INLINE vec v_split(vec x, vec *n)
 {
     *n = _mm256_round_pd(x, 8);
     return _mm256_sub_pd(x, *n);
 }
-SIMD_INLINE vec v_ldexp(vec x, vec n) /* n to its low bits by adding 1.5 * 2^52 */
+INLINE vec v_ldexp(vec x, vec n) /* n to its low bits by adding 1.5 * 2^52 */
 {
     const __m256i low = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(6755399441055744.0)));
     const __m256i e = _mm256_add_epi64(low, _mm256_set1_epi64x(1023));
     return _mm256_mul_pd(x, _mm256_castsi256_pd(_mm256_slli_epi64(e, 52)));
 }
-SIMD_INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
+INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
 {
     *n = _mm256_round_pd(x, 9); /* 9: downwards, no exceptions */
     return _mm256_sub_pd(x, *n);
 }
-SIMD_INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
 {
     return _mm256_andnot_pd(_mm256_cmp_pd(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
 }
-SIMD_INLINE uint64_t v_le_bits(vec a, vec b)
+INLINE uint64_t v_le_bits(vec a, vec b)
 {
     return (uint64_t)_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LE_OQ));
 }
-SIMD_INLINE vmask v_mask(uint64_t bits)
+INLINE vmask v_mask(uint64_t bits)
 {
     const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
     const __m256i x = _mm256_and_si256(_mm256_set1_epi64x((long long)bits), lane);
     return _mm256_castsi256_pd(_mm256_cmpeq_epi64(x, lane));
 }
-SIMD_INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
-SIMD_INLINE void v_transpose(vec x[LANES])
+INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
+INLINE void v_transpose(vec x[LANES])
 {
     const vec a = _mm256_unpacklo_pd(x[0], x[1]), b = _mm256_unpackhi_pd(x[0], x[1]);
     const vec c = _mm256_unpacklo_pd(x[2], x[3]), d = _mm256_unpackhi_pd(x[2], x[3]);

@@ -1,4 +1,5 @@
-/* The vocabulary on AVX-512 (F, DQ): vectors of 64 bytes, 32 registers, one mask bit a lane. */
+/* SIMD wrappers for AVX-512 (F, DQ, VL, BW): vectors of 64 bytes, 32 registers, a mask bit per
+ * lane. The names and their meaning are those of scalar.h. */
 #include "limits.h"
 
 #include <immintrin.h>
@@ -8,53 +9,53 @@
 #define rows_of(nv) ((nv) <= 2 ? 12 : (nv) == 3 ? 8 : 6)
 #define rows_of_values(nv) ((nv) == 1 ? 24 : rows_of(nv))
 #define TILE_Q (4 * LANES)
-#define DECODE_SUMS 16
+#define DECODE_ACCUMULATORS 16
 #define ALL_LANES ((UINT64_C(1) << LANES) - 1)
 
 #if REAL_BITS == 32
 typedef __m512 vec;
 typedef __mmask16 vmask;
-SIMD_INLINE vec v_set1(real x) { return _mm512_set1_ps(x); }
-SIMD_INLINE vec v_load(const real *p) { return _mm512_loadu_ps(p); }
-SIMD_INLINE void v_store(real *p, vec x) { _mm512_storeu_ps(p, x); }
-SIMD_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
-SIMD_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
-SIMD_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-SIMD_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
-SIMD_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-SIMD_INLINE vec v_abs(vec x) { return _mm512_abs_ps(x); }
-SIMD_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
-SIMD_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); } /* b where one is NaN */
-SIMD_INLINE vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
-SIMD_INLINE vec v_select_negative(vec sign, vec a, vec b)
+INLINE vec v_set1(real x) { return _mm512_set1_ps(x); }
+INLINE vec v_load(const real *p) { return _mm512_loadu_ps(p); }
+INLINE void v_store(real *p, vec x) { _mm512_storeu_ps(p, x); }
+INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec v_abs(vec x) { return _mm512_abs_ps(x); }
+INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
+INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); } /* b where one is NaN */
+INLINE vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
+INLINE vec v_select_negative(vec sign, vec a, vec b)
 {
     return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(sign)), a);
 }
-SIMD_INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
+INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
 {
     const vec f = _mm512_reduce_ps(x, 8); /* 8: to nearest, no exceptions */
     *n = _mm512_sub_ps(x, f);
     return f;
 }
-SIMD_INLINE vec v_ldexp(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x * 2^n */
-SIMD_INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
+INLINE vec v_ldexp(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x * 2^n */
+INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
 {
     *n = x; /* scalef takes its floor */
     return _mm512_reduce_ps(x, 9); /* 9: downwards, no exceptions */
 }
-SIMD_INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
 {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
 }
-SIMD_INLINE uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-SIMD_INLINE vmask v_mask(uint64_t bits) { return (vmask)bits; }
-SIMD_INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
+INLINE uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+INLINE vmask v_mask(uint64_t bits) { return (vmask)bits; }
+INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
 {
     vmask m;
     memcpy(&m, (const char *)word + lane / 8, sizeof m);
     return m;
 }
-SIMD_INLINE void v_transpose(vec x[LANES])
+INLINE void v_transpose(vec x[LANES])
 {
     vec t[16];
     for (int i = 0; i < 16; i += 2) { /* pairs of rows, fours, then quarters of the vectors */
@@ -83,7 +84,7 @@ SIMD_INLINE void v_transpose(vec x[LANES])
 /* x[j] = the j-th of the 16 floats at rows[i] + at, for i = 0..15: quarters of four rows are put
  * together as they are loaded, so that two rounds of shuffles are left of v_transpose's four. */
 #define HAVE_LOAD_COLUMNS
-SIMD_INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
+INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
 {
     vec y[4][4];
     for (int i = 0; i < 4; i++) {
@@ -99,17 +100,20 @@ SIMD_INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t
         }
     }
     for (int c = 0; c < 4; c++) {
-        const vec a = _mm512_unpacklo_ps(y[c][0], y[c][1]), b = _mm512_unpackhi_ps(y[c][0], y[c][1]);
-        const vec d = _mm512_unpacklo_ps(y[c][2], y[c][3]), e = _mm512_unpackhi_ps(y[c][2], y[c][3]);
+        const vec a = _mm512_unpacklo_ps(y[c][0], y[c][1]);
+        const vec b = _mm512_unpackhi_ps(y[c][0], y[c][1]);
+        const vec d = _mm512_unpacklo_ps(y[c][2], y[c][3]);
+        const vec e = _mm512_unpackhi_ps(y[c][2], y[c][3]);
         x[4 * c] = _mm512_shuffle_ps(a, d, 0x44);
         x[4 * c + 1] = _mm512_shuffle_ps(a, d, 0xee);
         x[4 * c + 2] = _mm512_shuffle_ps(b, e, 0x44);
         x[4 * c + 3] = _mm512_shuffle_ps(b, e, 0xee);
     }
 }
-/* Lane i = the sum of x[i]'s lanes: within quarters as v_transpose pairs them, then the quarters. */
+/* Lane i = the sum of x[i]'s lanes: within quarters as v_transpose pairs them, then the quarters.
+ */
 #define HAVE_SUM_EACH
-SIMD_INLINE vec v_sum_each(vec x[LANES])
+INLINE vec v_sum_each(vec x[LANES])
 {
     vec y[8], z[4], w[2];
     for (int i = 0; i < 8; i++)
@@ -124,30 +128,30 @@ SIMD_INLINE vec v_sum_each(vec x[LANES])
     return v_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
 }
 #define HAVE_REPEAT
-SIMD_INLINE vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
+INLINE vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
 {
     const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
     return _mm512_permutexvar_ps(_mm512_srl_epi32(i, shift), _mm512_loadu_ps(x));
 }
-SIMD_INLINE vec v_load_half(const char *p)
+INLINE vec v_load_half(const char *p)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
-SIMD_INLINE vec v_load_bfloat(const char *p)
+INLINE vec v_load_bfloat(const char *p)
 {
     const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
-SIMD_INLINE vec v_load_int8(const char *p)
+INLINE vec v_load_int8(const char *p)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-SIMD_INLINE void v_store_half(char *p, vec x)
+INLINE void v_store_half(char *p, vec x)
 {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, 0)); /* 0: to nearest even */
 }
-SIMD_INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept, and made quiet */
+INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept, and made quiet */
 {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -160,47 +164,47 @@ SIMD_INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN 
 #else
 typedef __m512d vec;
 typedef __mmask8 vmask;
-SIMD_INLINE vec v_set1(real x) { return _mm512_set1_pd(x); }
-SIMD_INLINE vec v_load(const real *p) { return _mm512_loadu_pd(p); }
-SIMD_INLINE void v_store(real *p, vec x) { _mm512_storeu_pd(p, x); }
-SIMD_INLINE vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
-SIMD_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
-SIMD_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
-SIMD_INLINE vec v_div(vec a, vec b) { return _mm512_div_pd(a, b); }
-SIMD_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
-SIMD_INLINE vec v_abs(vec x) { return _mm512_abs_pd(x); }
-SIMD_INLINE vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
-SIMD_INLINE vec v_min(vec a, vec b) { return _mm512_min_pd(a, b); }
-SIMD_INLINE vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }
-SIMD_INLINE vec v_select_negative(vec sign, vec a, vec b)
+INLINE vec v_set1(real x) { return _mm512_set1_pd(x); }
+INLINE vec v_load(const real *p) { return _mm512_loadu_pd(p); }
+INLINE void v_store(real *p, vec x) { _mm512_storeu_pd(p, x); }
+INLINE vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
+INLINE vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
+INLINE vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
+INLINE vec v_div(vec a, vec b) { return _mm512_div_pd(a, b); }
+INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE vec v_abs(vec x) { return _mm512_abs_pd(x); }
+INLINE vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
+INLINE vec v_min(vec a, vec b) { return _mm512_min_pd(a, b); }
+INLINE vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }
+INLINE vec v_select_negative(vec sign, vec a, vec b)
 {
     return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(sign)), a);
 }
-SIMD_INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
+INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
 {
     const vec f = _mm512_reduce_pd(x, 8); /* 8: to nearest, no exceptions */
     *n = _mm512_sub_pd(x, f);
     return f;
 }
-SIMD_INLINE vec v_ldexp(vec x, vec n) { return _mm512_scalef_pd(x, n); } /* x * 2^n */
-SIMD_INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
+INLINE vec v_ldexp(vec x, vec n) { return _mm512_scalef_pd(x, n); } /* x * 2^n */
+INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
 {
     *n = x; /* scalef takes its floor */
     return _mm512_reduce_pd(x, 9); /* 9: downwards, no exceptions */
 }
-SIMD_INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
+INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
 {
     return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
 }
-SIMD_INLINE uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
-SIMD_INLINE vmask v_mask(uint64_t bits) { return (vmask)bits; }
-SIMD_INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
+INLINE uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+INLINE vmask v_mask(uint64_t bits) { return (vmask)bits; }
+INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
 {
     vmask m;
     memcpy(&m, (const char *)word + lane / 8, sizeof m);
     return m;
 }
-SIMD_INLINE void v_transpose(vec x[LANES])
+INLINE void v_transpose(vec x[LANES])
 {
     vec t[8];
     for (int i = 0; i < 8; i += 2) { /* pairs of rows, then quarters of the vectors */

@@ -1,6 +1,7 @@
-/* SIMD wrappers that an ISA may leave out, made of the others. */
+/* SIMD wrappers that an ISA may leave out, made of those that it has. */
 #ifndef HAVE_LOAD_COLUMNS
-SIMD_INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
+/* x[j] = the j-th real at rows[i] + at, for each lane i */
+INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
 {
     for (int i = 0; i < LANES; i++) x[i] = v_load((const real *)(rows[i] + at));
     v_transpose(x);
@@ -9,7 +10,7 @@ SIMD_INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t
 
 #ifndef HAVE_SUM_EACH
 /* Lane i of the result is the sum of x[i]'s lanes. */
-SIMD_INLINE vec v_sum_each(vec x[LANES])
+INLINE vec v_sum_each(vec x[LANES])
 {
     v_transpose(x);
     for (int n = LANES / 2; n > 0; n /= 2)
@@ -19,8 +20,8 @@ SIMD_INLINE vec v_sum_each(vec x[LANES])
 #endif
 
 #ifndef HAVE_REPEAT
-/* Lane i is x[i / times], times a power of 2; a whole vector from x on is readable. */
-SIMD_INLINE vec v_repeat(const float *x, int times)
+/* Lane i of the result is x[i / times]. times is a power of 2; a whole vector at x is readable. */
+INLINE vec v_repeat(const float *x, int times)
 {
     real lane[LANES];
     for (int i = 0; i < LANES; i++) lane[i] = (real)x[i / times];

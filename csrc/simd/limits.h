@@ -1,4 +1,4 @@
-/* What the templates need of `real`; included by every vocabulary. REAL_BITS is 32 or 64. */
+/* What every SIMD header needs first: `real` and its limits. REAL_BITS is 32 or 64. */
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
@@ -14,4 +14,4 @@ typedef double real;
 #define REAL_MIN_EXP (-1022.0)
 #endif
 #define REAL_INF ((real)INFINITY)
-#define SIMD_INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline))
