@@ -9,7 +9,7 @@ pytest.importorskip("qkv_fast._native", reason="no native engine")
 pytest.importorskip("ml_dtypes")
 
 import ml_dtypes
-from tile_tables import Table, address, pointers, tables
+from tile_tables import StaleTable, Table, address, compare, declarations, pointers, tables
 
 from qkv_fast._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8
 
@@ -50,6 +50,25 @@ def spans(bits: np.ndarray, lanes: int) -> np.ndarray:
     return np.array([(n[0], n[-1] + 1) if n.size else (0, 0) for n in needed], np.intc)
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("int a; void (*scale)(void *S, float c); int z;", r"'scale' as .*double c.*float c"),
+        ("int a; void (*scale)(void *S, double c); long z;", "'z' as 'int', and the header as 'l"),
+        ("int a; int b; void (*scale)(void *S, double c); int z;", "lacks the field 'b'"),
+        ("int a; void (*scale)(void *S, double c); int z, y;", "lacks the field 'y'"),
+        ("int a; int z;", "has the field 'scale', which the header lacks"),
+        ("int a; void (*scale)(void *S, double c);", "has the field 'z', which the header lacks"),
+        ("int a; int z; void (*scale)(void *S, double c);", "'scale' where the header has 'z'"),
+    ],
+)
+def test_a_stale_table_is_named(header, message):
+    library = declarations("int a; void (*scale)(void *S, double c); int z;")
+    compare(library, dict(library))
+    with pytest.raises(StaleTable, match=message):
+        compare(library, declarations(header))
+
+
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 25, 33, 64]
 
 
@@ -87,13 +106,13 @@ def test_both_products(table, rng):
                 close(table, c, a[:, :red].astype(float) @ b)
                 at = np.ascontiguousarray(a.T)
                 rescale = rng.random(ld).astype(real(table))
-                for decayed in (False, True):
+                for rescaled in (False, True):
                     acc = scratch(table, np.full((rows, ld), 2.0))
                     table.accumulate(
                         address(acc), address(b), address(at), at.strides[0], red, rows, nvec,
-                        address(rescale) if decayed else None, None,
+                        address(rescale) if rescaled else None, None,
                     )  # fmt: skip
-                    close(table, acc, at.T[:, :red].astype(float) @ b + 2 * rescale * decayed)
+                    close(table, acc, at.T[:, :red].astype(float) @ b + 2 * rescale * rescaled)
 
 
 def test_softmax_is_online(table, rng):
@@ -104,7 +123,7 @@ def test_softmax_is_online(table, rng):
             top = np.full(ld, tiny, real(table))
             total, rescale = np.zeros(ld, real(table)), np.zeros(ld, real(table))
             blocks = rng.standard_normal((3, nk, ld)) * 30
-            seen = []
+            blocks_so_far = []
             for block, limited in zip(blocks, (False, True, True), strict=True):
                 allow = np.full(nk, 2**64 - 1, np.uint64)
                 bits = np.ones((nk, ld), bool)
@@ -120,8 +139,10 @@ def test_softmax_is_online(table, rng):
                     address(s), nk, nvec, address(allow) if limited else None, address(span), 1.0,
                     address(top), address(total), address(rescale),
                 )  # fmt: skip
-                seen.append(np.where(bits, block.astype(real(table)).astype(float), -np.inf))
-                exact = np.max(seen, axis=(0, 1), initial=tiny)
+                blocks_so_far.append(
+                    np.where(bits, block.astype(real(table)).astype(float), -np.inf)
+                )
+                exact = np.max(blocks_so_far, axis=(0, 1), initial=tiny)
                 np.testing.assert_array_equal(top, exact.astype(real(table)))
                 with np.errstate(over="ignore"):
                     shrunk = np.exp2((before - top).astype(float))
@@ -132,12 +153,12 @@ def test_softmax_is_online(table, rng):
                 with np.errstate(all="ignore"):
                     p = np.exp2(np.where(bits, block.astype(real(table)) - exact, -np.inf))
                     close(table, s, np.where(p < np.finfo(real(table)).tiny, 0, p))
-                    every = np.exp2(np.concatenate(seen) - exact).sum(0)
+                    every = np.exp2(np.concatenate(blocks_so_far) - exact).sum(0)
                 np.testing.assert_allclose(total, every, rtol=60 * np.finfo(real(table)).eps)
 
 
-def test_fold_sums_in_two_parts(table, rng):
-    """As exact as if the sums were a single rounding, where rows rescale too."""
+def test_fold_keeps_rounding_errors(table, rng):
+    """The sums are as exact as a single rounding, with and without rescaled rows."""
     eps = float(np.finfo(real(table)).eps)
     for nvec in widths(table):
         ld = nvec * table.lanes
@@ -155,13 +176,13 @@ def test_fold_sums_in_two_parts(table, rng):
                            address(rescale), step == 39)  # fmt: skip
                 if step < 39:
                     np.testing.assert_array_equal(acc, given)
-            fused = table.isa != b"scalar"  # which rounds a decayed sum once more
+            fused = table.isa != b"scalar"  # which rounds a rescaled sum once more
             tolerance = (1 if fused else 10) * eps
             np.testing.assert_allclose(acc[:-1].astype(np.longdouble), exact, rtol=tolerance)
             assert (np.stack([acc[-1], total[-1], error[-1]]) == GUARD).all()
 
 
-def test_fold_keeps_what_is_not_finite(table):
+def test_fold_keeps_nonfinite_sums(table):
     ld = table.lanes
     total, error = (scratch(table, np.zeros((1, ld))) for _ in range(2))
     rescale = np.ones(ld, real(table))
@@ -196,7 +217,7 @@ def test_alibi(table, rng):
         close(table, out, s - slope.astype(float) * distance / np.log(2))
 
 
-def test_bias_and_range(table, rng):
+def test_bias_and_positions(table, rng):
     for nvec in widths(table):
         ld = nvec * table.lanes
         lane = np.arange(ld, dtype=np.uint64)
@@ -213,16 +234,16 @@ def test_bias_and_range(table, rng):
                 np.testing.assert_array_equal(bits, np.broadcast_to(b > -np.inf, bits.shape))
                 expected = np.where(bits, s + np.where(b > -np.inf, b, 0) / np.log(2), out[:-1])
                 close(table, out, expected)
-            first = rng.integers(-1, nk + 1, ld).astype(real(table))
-            last = rng.integers(-1, nk + 1, ld).astype(real(table))
+            first_key = rng.integers(-1, nk + 1, ld).astype(real(table))
+            last_key = rng.integers(-1, nk + 1, ld).astype(real(table))
             allow = np.full(nk, 2**64 - 1, np.uint64)
-            table.mask_positions(address(allow), nk, nvec, address(first), address(last))
+            table.mask_positions(address(allow), nk, nvec, address(first_key), address(last_key))
             bits = (allow[:, None] >> lane & np.uint64(1)).astype(bool)
             k = np.arange(nk)[:, None]
-            np.testing.assert_array_equal(bits, (first <= k) & (k <= last))
+            np.testing.assert_array_equal(bits, (first_key <= k) & (k <= last_key))
 
 
-def test_what_is_not_finite(table, rng):
+def test_nonfinite_values(table, rng):
     ld = table.lanes
     for d in SIZES:
         v = rng.standard_normal((5, d)).astype(real(table))
@@ -239,7 +260,7 @@ def test_what_is_not_finite(table, rng):
             close(table, acc, expected)
 
 
-def test_limit_mask(table, rng):
+def test_mask_bool(table, rng):
     for nvec in widths(table):
         ld = nvec * table.lanes
         for nk in (1, 7, 64, 65, 128):
@@ -262,11 +283,11 @@ def test_a_span_limits_the_products(table, rng):
     key = np.arange(nk)[:, None]
     inside = (key >= span[:, 0]) & (key < span[:, 1])
     inside = inside.repeat(table.lanes, axis=1)
-    whole, some = scratch(table, np.zeros((nk, ld))), scratch(table, np.zeros((nk, ld)))
+    whole, spanned = scratch(table, np.zeros((nk, ld))), scratch(table, np.zeros((nk, ld)))
     scores = (address(qt), address(k), k.strides[0], nk, d, nvec)
     table.scores(address(whole), *scores, None, None)
-    table.scores(address(some), *scores, address(span), None)
-    np.testing.assert_array_equal(some[:-1], np.where(inside, whole[:-1], 0))
+    table.scores(address(spanned), *scores, address(span), None)
+    np.testing.assert_array_equal(spanned[:-1], np.where(inside, whole[:-1], 0))
     p = np.where(inside, rng.random((nk, ld)), -0.0).astype(real(table))
     acc = [scratch(table, np.ones((d, ld))) for _ in range(2)]
     rescale = rng.random(ld).astype(real(table))
@@ -277,8 +298,8 @@ def test_a_span_limits_the_products(table, rng):
     np.testing.assert_array_equal(*acc)
 
 
-def test_what_is_fetched_meanwhile_changes_nothing(table, rng):
-    """Nor need it be there: rows are of any length, and may lie where no memory is."""
+def test_prefetching_changes_nothing(table, rng):
+    """Rows to prefetch may have any length, and may lie at addresses without memory."""
     nvec, nk, d = len(widths(table)), 29, 50
     k = rng.standard_normal((nk, d)).astype(real(table))
     qt = rng.standard_normal((d, nvec * table.lanes)).astype(real(table))
@@ -299,7 +320,7 @@ def test_widen_and_narrow(kind, rng):
     """Every 16-bit pattern there and back, and rounding to nearest even, at every length."""
     dtype = np.dtype(np.float16) if kind == FLOAT16 else BF16
     every = np.arange(2**16, dtype=np.uint16).view(dtype)
-    odd = np.concatenate(
+    floats = np.concatenate(
         [
             rng.standard_normal(5000) * 10.0 ** rng.integers(-44, 38, 5000),
             [0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 3.3e38, 1.00390625, 1.01171875],
@@ -309,18 +330,18 @@ def test_widen_and_narrow(kind, rng):
         out = np.zeros(2**16 + 1, np.float32)
         table.widen(address(out), address(every), 2**16, kind)
         np.testing.assert_array_equal(out[:-1], every.astype(np.float32))
-        for n in (1, 5, 17, len(odd)):
+        for n in (1, 5, 17, len(floats)):
             back = np.full(n + 1, 7, np.uint16)
-            table.narrow(address(back), address(odd), n, kind)
+            table.narrow(address(back), address(floats), n, kind)
             assert back[n] == 7
             with np.errstate(over="ignore", invalid="ignore"):
-                expected = odd[:n].astype(dtype)
+                expected = floats[:n].astype(dtype)
             np.testing.assert_array_equal(
                 back[:n].view(dtype).astype(np.float32), expected.astype(np.float32)
             )
 
 
-# --- The tables whose operands are pairs of bfloat16 ----------------------------------------
+# --- The tables whose inputs are pairs of bfloat16 ------------------------------------------
 
 PAIRED = tables(BFLOAT16)
 DIMS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 80]
@@ -343,7 +364,7 @@ def up(n: int, step: int) -> int:
 def test_there_is_a_test_for_every_paired_table():
     if not PAIRED:
         pytest.skip("this CPU has no bfloat16 instructions")
-    assert all(t.operand == BFLOAT16 and t.real_bytes == 4 for t in PAIRED)
+    assert all(t.input_type == BFLOAT16 and t.real_bytes == 4 for t in PAIRED)
 
 
 def bf16(rng, *shape):
@@ -404,15 +425,15 @@ def test_paired_values(paired, rng):
                 p = weights.astype(float).swapaxes(1, 2).reshape(-1, ld)[:nk]
                 exact = value[:nk, :d].T.astype(float) @ p
                 rescale = rng.random(ld).astype(np.float32)
-                for with_decay in (False, True):
+                for rescaled in (False, True):
                     acc = np.full((up(d, paired.row_step) + 1, ld), 2, np.float32)
                     paired.accumulate(
                         address(acc), address(weights), address(packed), packed.strides[0], nk, d,
-                        nvec, address(rescale) if with_decay else None, None,
+                        nvec, address(rescale) if rescaled else None, None,
                     )  # fmt: skip
                     assert (acc[-1] == 2).all()
                     np.testing.assert_allclose(
-                        acc[:d], exact + 2 * rescale * with_decay, rtol=1e-5, atol=2e-5
+                        acc[:d], exact + 2 * rescale * rescaled, rtol=1e-5, atol=2e-5
                     )
 
 
@@ -421,7 +442,7 @@ def test_paired_softmax(paired, rng):
         ld = nvec * paired.lanes
         for nk in (1, 2, 3, 4, 5, 31, 32, 33, 127, 128):
             for limited in (False, True):
-                factor = 0.3
+                scale = 0.3
                 s = np.full((up(nk, 32) + 1, ld), GUARD, np.float32)
                 s[:nk] = rng.standard_normal((nk, ld)) * 20
                 before = s[:nk].astype(float)
@@ -434,13 +455,13 @@ def test_paired_softmax(paired, rng):
                 span = spans(bits, paired.lanes)
                 paired.softmax(
                     address(s), nk, nvec, address(allow) if limited else None, address(span),
-                    factor, address(top), address(total), address(rescale),
+                    scale, address(top), address(total), address(rescale),
                 )  # fmt: skip
                 assert (s[-1] == GUARD).all()
-                exact_top = np.maximum(-10, np.where(bits, before * factor, -np.inf).max(0))
+                exact_top = np.maximum(-10, np.where(bits, before * scale, -np.inf).max(0))
                 np.testing.assert_allclose(top, exact_top, rtol=1e-6)
                 np.testing.assert_allclose(rescale, np.exp2(-10 - exact_top), rtol=1e-5)
-                p = np.exp2(before * factor - exact_top)
+                p = np.exp2(before * scale - exact_top)
                 np.testing.assert_allclose(total, np.where(bits, p, 0).sum(0) + rescale, rtol=1e-5)
                 pairs = s[: up(nk, paired.depth_step) // 2].view(BF16)
                 stored = pairs.reshape(-1, ld, 2).swapaxes(1, 2).reshape(-1, ld).astype(float)
@@ -449,21 +470,21 @@ def test_paired_softmax(paired, rng):
                 assert (stored[nk:] == 0).all()
 
 
-def test_paired_values_that_are_not_finite(paired, rng):
+def test_paired_nonfinite_values(paired, rng):
     ld = paired.lanes
     for d in DIMS:
         v = bf16(rng, 5, d)
         assert paired.all_finite(address(v), v.strides[0], 5, d) == 1
         for bad in (np.nan, np.inf, -np.inf):
             for key in (2, 3):
-                odd = v.copy()
-                odd[key, d - 1] = bad
-                assert paired.all_finite(address(odd), odd.strides[0], 5, d) == 0
-                p = np.full((3, ld, 2), 0.5, odd.dtype)
+                nonfinite = v.copy()
+                nonfinite[key, d - 1] = bad
+                assert paired.all_finite(address(nonfinite), nonfinite.strides[0], 5, d) == 0
+                p = np.full((3, ld, 2), 0.5, nonfinite.dtype)
                 p[key // 2, ::2, key % 2] = -0.0
                 acc = scratch_like(d, ld)
                 paired.accumulate_nonfinite(
-                    address(acc), address(p), address(odd), odd.strides[0], 5, d, 1
+                    address(acc), address(p), address(nonfinite), nonfinite.strides[0], 5, d, 1
                 )
                 expected = np.ones((d, ld))
                 expected[d - 1, 1::2] += bad
@@ -477,14 +498,14 @@ def scratch_like(rows: int, ld: int) -> np.ndarray:
     return out
 
 
-# --- Few rows -------------------------------------------------------------------------------
+# --- The decode kernels ---------------------------------------------------------------------
 
 STORED = {FLOAT32: np.dtype("f4"), FLOAT64: np.dtype("f8"), FLOAT16: np.dtype("f2"), BFLOAT16: BF16,
           INT8: np.dtype("i1")}  # fmt: skip
 
 
 def stored_types(table: Table) -> list[int]:
-    """Return the element types that the kernels for few rows read."""
+    """Return the element types that the decode kernels read."""
     return [FLOAT64] if table.real_bytes == 8 else [FLOAT32, FLOAT16, BFLOAT16, INT8]
 
 
@@ -495,8 +516,8 @@ def rows_of(rng: np.random.Generator, n: int, d: int, code: int) -> np.ndarray:
     return whole[:, :d]
 
 
-def groups(x: np.ndarray) -> np.ndarray:
-    """Return where each 16 rows begin, and four times the last of those."""
+def runs(x: np.ndarray) -> np.ndarray:
+    """Return the address of each run of 16 rows, and four times that of the last one."""
     begins = x.ctypes.data + np.arange(-(-len(x) // 16)) * 16 * x.strides[0]
     return np.append(begins, np.repeat(begins[-1:], 4)).astype(np.uintp)
 
@@ -509,14 +530,14 @@ def padded(table: Table, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("d", [1, 3, 16, 21, 64, 100, 128])
-def test_few_scores(table, rng, d):
+def test_decode_scores(table, rng, d):
     for code in stored_types(table):
         for rows in [*range(1, 10), table.tile_q // 2]:
             ld = -(-rows // table.lanes) * table.lanes
             for nk in (1, 2, 5, 16, 17, 40):
                 q = rng.standard_normal((rows, d)).astype(real(table))
                 key, wide = rows_of(rng, nk, d, code), padded(table, q)
-                at = groups(key)
+                at = runs(key)
                 got = np.full((nk + 1, ld), GUARD, real(table))
                 table.decode_scores(
                     address(got), ld, address(wide), wide.shape[1], address(at), key.strides[0],
@@ -529,35 +550,35 @@ def test_few_scores(table, rng, d):
                 np.testing.assert_allclose(got[:nk, :rows], exact, rtol=eps, atol=eps * 10)
 
 
-def test_a_score_of_few_rows_does_not_depend_on_its_place(table, rng):
+def test_a_decode_score_does_not_depend_on_its_place(table, rng):
     q, key = rng.standard_normal((7, 70)), rng.standard_normal((33, 70)).astype(real(table))
     wide, code = padded(table, q), FLOAT32 if table.real_bytes == 4 else FLOAT64
     ld = -(-7 // table.lanes) * table.lanes
     all_of = np.zeros((33, ld), real(table))
-    at = groups(key)
+    at = runs(key)
     table.decode_scores(address(all_of), ld, address(wide), wide.shape[1], address(at),
-                     key.strides[0], 33, 70, 7, code)  # fmt: skip
+                        key.strides[0], 33, 70, 7, code)  # fmt: skip
     for k in range(33):
         for r in range(7):
-            one, at = np.zeros((1, ld), real(table)), groups(key[k : k + 1])
+            one, at = np.zeros((1, ld), real(table)), runs(key[k : k + 1])
             table.decode_scores(address(one), ld, address(wide[r]), wide.shape[1], address(at),
-                             key.strides[0], 1, 70, 1, code)  # fmt: skip
+                                key.strides[0], 1, 70, 1, code)  # fmt: skip
             assert one[0, 0] == all_of[k, r]
 
 
 @pytest.mark.parametrize("dv", [1, 5, 16, 24, 40, 64, 128, 130])
-@pytest.mark.parametrize("partial", [0, 1])
-def test_few_accumulate(table, rng, dv, partial):
+@pytest.mark.parametrize("masked", [0, 1])
+def test_decode_accumulate(table, rng, dv, masked):
     for code in stored_types(table):
         for rows in [*range(1, 10), table.tile_q // 2]:
             ld = -(-rows // table.lanes) * table.lanes
             for nk in (1, 3, 16, 21):
                 value = rows_of(rng, nk, dv, code)
                 p = rng.random((nk, ld)).astype(real(table))
-                if partial:
+                if masked:
                     p[rng.random(p.shape) < 0.3] = -0.0
-                exact_v, at = value.astype(float), groups(value)
-                if partial and code != INT8:  # an excluded key may hold anything
+                exact_v, at = value.astype(float), runs(value)
+                if masked and code != INT8:  # an excluded key may hold anything
                     p[0, :rows] = -0.0
                     value[0], exact_v[0] = np.nan, 0
                 before = rng.standard_normal((rows, dv)).astype(real(table))
@@ -567,7 +588,7 @@ def test_few_accumulate(table, rng, dv, partial):
                 rescale = rng.random(rows).astype(real(table))
                 table.decode_accumulate(
                     address(acc), acc.shape[1], address(p), ld, address(at), value.strides[0],
-                    nk, dv, rows, address(rescale), partial, code,
+                    nk, dv, rows, address(rescale), masked, code,
                 )  # fmt: skip
                 assert (acc[rows] == GUARD).all()
                 exact = (
@@ -578,39 +599,39 @@ def test_few_accumulate(table, rng, dv, partial):
                 assert not acc[:rows, dv:].any()
 
 
-def test_few_accumulate_without_decay_adds(table):
+def test_decode_accumulate_without_rescale_adds(table):
     code = FLOAT32 if table.real_bytes == 4 else FLOAT64
     value, p = np.ones((3, 8), real(table)), np.ones((3, table.lanes), real(table))
-    acc, at = padded(table, np.full((1, 8), 5.0)), groups(value)
+    acc, at = padded(table, np.full((1, 8), 5.0)), runs(value)
     table.decode_accumulate(address(acc), acc.shape[1], address(p), table.lanes, address(at),
-                         value.strides[0], 3, 8, 1, None, 0, code)  # fmt: skip
+                            value.strides[0], 3, 8, 1, None, 0, code)  # fmt: skip
     assert (acc[:, :8] == 8).all()
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_few_softmax(table, rng, scaled):
+def test_decode_softmax(table, rng, scaled):
     """Two blocks, one after the other: the second's sums go on from the first's."""
     ld = 1
     while ld <= table.lanes:
         for nk in (1, 3, 16, 37, 64):
             blocks = rng.standard_normal((2, nk, ld)) * 5
-            factors = np.ones((2, 2, nk + table.lanes), np.float32)
-            factors[:, :, nk:] = np.nan
+            scales = np.ones((2, 2, nk + table.lanes), np.float32)
+            scales[:, :, nk:] = np.nan
             if scaled:
-                factors[:, :, :nk] = rng.random((2, 2, nk)) + 0.5
+                scales[:, :, :nk] = rng.random((2, 2, nk)) + 0.5
             top, total = (np.full(table.lanes, x, real(table)) for x in (-3e38, 0))
             weights = []
-            for block, some in zip(blocks, factors, strict=True):
+            for block, block_scales in zip(blocks, scales, strict=True):
                 s = np.full(nk * ld + 2 * table.lanes, GUARD, real(table))
                 s[: nk * ld] = block.ravel()
                 rescale = np.empty(table.lanes, real(table))
                 table.decode_softmax(
-                    address(s), nk, ld, *(address(x) if scaled else None for x in some),
+                    address(s), nk, ld, *(address(x) if scaled else None for x in block_scales),
                     address(top), address(total), address(rescale),
                 )  # fmt: skip
                 assert (s[nk * ld + table.lanes :] == GUARD).all()
                 weights.append(s[: nk * ld].reshape(nk, ld).astype(float))
-            keys, values = factors[:, :, :nk, None].swapaxes(0, 1).astype(float)
+            keys, values = scales[:, :, :nk, None].swapaxes(0, 1).astype(float)
             both = blocks.astype(real(table)).astype(float) * keys
             exact_top = both.max((0, 1))
             eps = np.finfo(real(table)).eps * 80
@@ -627,19 +648,19 @@ def test_scale_keys(table, rng):
     for nvec in widths(table):
         ld = nvec * table.lanes
         s = rng.standard_normal((9, ld))
-        factors = rng.random(9).astype(np.float32)
+        scales = rng.random(9).astype(np.float32)
         got = scratch(table, s)
-        table.scale_keys(address(got), 9, nvec, address(factors), 0)
-        close(table, got, s.astype(real(table)) * factors[:, None].astype(float))
+        table.scale_keys(address(got), 9, nvec, address(scales), 0)
+        close(table, got, s.astype(real(table)) * scales[:, None].astype(float))
         p = np.abs(s)
         p[rng.random(s.shape) < 0.3] = -0.0
-        factors[3] = np.nan
+        scales[3] = np.nan
         p[3] = -0.0
         got = scratch(table, p)
-        table.scale_keys(address(got), 9, nvec, address(factors), 1)
+        table.scale_keys(address(got), 9, nvec, address(scales), 1)
         assert (np.signbit(got[:-1]) == np.signbit(p)).all()
-        factors[3] = 1
-        close(table, got, p.astype(real(table)) * factors[:, None].astype(float))
+        scales[3] = 1
+        close(table, got, p.astype(real(table)) * scales[:, None].astype(float))
 
 
 def test_widen_int8(table):

@@ -1,78 +1,142 @@
-"""The C tables of tile kernels, seen from Python through ctypes: csrc/kernels/kernels.h."""
+"""The C tables of kernels, seen from Python through ctypes.
+
+The fields of the struct are written down once, in csrc/kernels/kernels.h. The library carries the
+text of that declaration, as it was when the library was compiled, and `Table` is made from it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-PTR, SIZE, INT, DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_double
+HEADER = Path(__file__).parents[1] / "csrc" / "kernels" / "kernels.h"
+NUMBERS = {"int": ctypes.c_int, "double": ctypes.c_double, "ptrdiff_t": ctypes.c_ssize_t}
 
 
-def _f(result: Any, *arguments: Any) -> Any:
-    return ctypes.CFUNCTYPE(result, *arguments)
+class StaleTable(Exception):
+    """The library and csrc/kernels/kernels.h do not declare the same struct."""
 
 
 class Table(ctypes.Structure):
-    _fields_ = (
-        ("isa", ctypes.c_char_p),
-        ("real_bytes", INT),
-        ("input_type", INT),
-        ("lanes", INT),
-        ("tile_q", INT),
-        ("depth_step", INT),
-        ("row_step", INT),
-        ("enter", _f(None)),
-        ("leave", _f(None)),
-        ("pack_rows", _f(None, PTR, PTR, SIZE, INT, DOUBLE)),
-        ("pack_values", _f(None, PTR, SIZE, PTR, SIZE, SIZE, SIZE)),
-        ("scores", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR, PTR)),
-        ("scale", _f(None, PTR, SIZE, INT, DOUBLE)),
-        ("softcap", _f(None, PTR, SIZE, INT, DOUBLE)),
-        ("alibi", _f(None, PTR, SIZE, INT, PTR, PTR)),
-        ("bias", _f(None, PTR, SIZE, INT, PTR, INT, PTR)),
-        ("mask_positions", _f(None, PTR, SIZE, INT, PTR, PTR)),
-        ("mask_bool", _f(None, PTR, SIZE, INT, PTR, SIZE)),
-        ("softmax", _f(None, PTR, SIZE, INT, PTR, PTR, DOUBLE, PTR, PTR, PTR)),
-        ("accumulate", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT, PTR, PTR)),
-        ("accumulate_nonfinite", _f(None, PTR, PTR, PTR, SIZE, SIZE, SIZE, INT)),
-        ("scale_keys", _f(None, PTR, SIZE, INT, PTR, INT)),
-        ("all_finite", _f(INT, PTR, SIZE, SIZE, SIZE)),
-        ("store_rows", _f(None, PTR, INT, PTR, SIZE, INT, PTR)),
-        ("fold", _f(None, PTR, PTR, PTR, SIZE, INT, PTR, INT)),
-        ("decode_scores", _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, INT)),
-        ("decode_softmax", _f(None, PTR, SIZE, INT, PTR, PTR, PTR, PTR, PTR)),
-        (
-            "decode_accumulate",
-            _f(None, PTR, SIZE, PTR, SIZE, PTR, SIZE, SIZE, SIZE, INT, PTR, INT, INT),
-        ),
-        ("widen", _f(None, PTR, PTR, SIZE, INT)),
-        ("narrow", _f(None, PTR, PTR, SIZE, INT)),
-        ("fma_chain", _f(DOUBLE, SIZE)),
-        ("fma_chain_flop", INT),
+    """A qkv_tile_kernels: its fields and their meaning are in csrc/kernels/kernels.h."""
+
+
+def declarations(text: str) -> dict[str, str]:
+    """Return the declaration of each field of a struct, given the C text between its braces.
+
+    >>> declarations("int lanes, tile_q; /* reals */ void (*scale)(void *S, double scale);")
+    {'lanes': 'int', 'tile_q': 'int', 'scale': 'void (*)(void *S, double scale)'}
+    """
+    fields = {}
+    for declaration in re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL).split(";"):
+        declaration = " ".join(declaration.split())
+        if function := re.fullmatch(r"(.+?)\(\*(\w+)\)(\(.*\))", declaration):
+            fields[function[2]] = f"{function[1]}(*){function[3]}"
+        elif numbers := re.fullmatch(r"(.+?)(\w+(?:, \w+)*)", declaration):
+            fields |= dict.fromkeys(numbers[2].split(", "), numbers[1].strip())
+        elif declaration:
+            raise ValueError(f"cannot read this declaration of a field: {declaration}")
+    return fields
+
+
+def header_declarations() -> dict[str, str]:
+    """Return the declarations of the struct's fields in csrc/kernels/kernels.h."""
+    struct = re.search(
+        r"^QKV_STRUCT\(qkv_tile_kernels,$(.*?)^\);$",
+        HEADER.read_text(encoding="utf-8"),
+        flags=re.MULTILINE | re.DOTALL,
     )
+    if not struct:
+        raise ValueError(f"{HEADER} has no QKV_STRUCT(qkv_tile_kernels, ...)")
+    return declarations(struct[1])
 
 
-def tables(operand: int) -> list[Table]:
-    """Return the tables of an element type that this machine can execute, weakest first."""
+def compare(library: dict[str, str], header: dict[str, str]) -> None:
+    """Raise StaleTable, which names the first field that differs, unless both are the same."""
+    for name, expected in zip_longest(library, header):
+        if name != expected or library[name] != header[name]:
+            break
+    else:
+        return
+    if name == expected:
+        what = f"has the field {name!r} as {library[name]!r}, and the header as {header[name]!r}"
+    elif expected not in library and expected:
+        what = f"lacks the field {expected!r} of the header"
+    elif name not in header and name:
+        what = f"has the field {name!r}, which the header lacks"
+    else:
+        what = f"has the field {name!r} where the header has {expected!r}"
+    raise StaleTable(f"the library was built from another {HEADER.name}, build it again: it {what}")
+
+
+def parameter_type(declared: str) -> Any:
+    """Return the ctypes type of a parameter or result, with or without its name."""
+    if "*" in declared:
+        return ctypes.c_void_p
+    return NUMBERS[declared.split()[0]]
+
+
+def field_type(name: str, declared: str) -> Any:
+    """Return the ctypes type of a field."""
+    try:
+        if function := re.fullmatch(r"(.+?) ?\(\*\)\((.*)\)", declared):
+            result = None if function[1] == "void" else parameter_type(function[1])
+            parameters = [] if function[2] == "void" else function[2].split(", ")
+            return ctypes.CFUNCTYPE(result, *map(parameter_type, parameters))
+        return ctypes.c_char_p if declared == "const char *" else NUMBERS[declared]
+    except KeyError as error:
+        raise ValueError(
+            f"field_type knows no ctypes type for {error}, in the field {name!r}: {declared}"
+        ) from None
+
+
+def complete_table(library: ctypes.CDLL) -> None:
+    """Give Table its fields, those that the library was compiled with.
+
+    Raises StaleTable if csrc/kernels/kernels.h, where it is at hand, declares others.
+    """
+    if hasattr(Table, "_fields_"):
+        return
+    library.qkv_kernels_fields.restype = ctypes.c_char_p
+    library.qkv_kernels_size.restype = ctypes.c_size_t
+    fields = declarations(library.qkv_kernels_fields().decode())
+    if HEADER.exists():  # an installed package may be tested without csrc/
+        compare(fields, header_declarations())
+    Table._fields_ = [(name, field_type(name, declared)) for name, declared in fields.items()]
+    if ctypes.sizeof(Table) != library.qkv_kernels_size():
+        last = list(fields)[-1]
+        raise StaleTable(
+            f"the library's table has {library.qkv_kernels_size()} bytes, but ctypes ends it after "
+            f"{last!r}, at {ctypes.sizeof(Table)}: field_type gives a field another size than C"
+        )
+
+
+def tables(input_type: int) -> list[Table]:
+    """Return the tables of an input type that this machine can execute, weakest first."""
     from qkv_fast._native import isa
 
     library = ctypes.CDLL(isa.__file__)
+    complete_table(library)
     library.qkv_tile_table.restype = ctypes.POINTER(Table)
     library.qkv_isa_name.restype = ctypes.c_char_p
     found: list[Table] = []
     index = 0
     while library.qkv_isa_name(index):
-        table = library.qkv_tile_table(index, operand)
-        seen = table and any(table.contents.isa == t.isa for t in found)
-        if table and not seen and library.qkv_isa_runs(index):
+        table = library.qkv_tile_table(index, input_type)
+        is_known = table and any(table.contents.isa == t.isa for t in found)
+        if table and not is_known and library.qkv_isa_runs(index):
             found.append(table.contents)
         index += 1
     return found
 
 
 def address(x: np.ndarray) -> int:
+    """Return the address of an array's first element."""
     return x.ctypes.data
 
 
