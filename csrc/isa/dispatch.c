@@ -1,10 +1,11 @@
-/* The list of ISAs: the tables of each, and whether this machine can run them. To add an ISA, write
- * its tables (isa/NAME_f32.c and so on) and a line in FOR_EACH_ISA.
+/* The list of ISAs: the tables of each, and whether this machine can run them. To add an ISA,
+ * write its tables (isa/NAME_f32.c and so on) and a line in FOR_EACH_ISA, which names the test
+ * whether the machine can run it.
  *
  * The CPU must have every feature that a table's QKV_TARGET names, and the operating system must
  * save the registers. */
-#define QKV_STRUCT(name, ...)            \
-    typedef struct {__VA_ARGS__} name; \
+#define QKV_STRUCT(name, ...)                                                                    \
+    typedef struct {__VA_ARGS__} name;                                                           \
     static const char fields_of_##name[] = #__VA_ARGS__
 #include "../kernels/kernels.h"
 #include "../runtime/convert.h"
@@ -79,10 +80,11 @@ static int runs_amx(void)
     return 0;
 #endif
 }
-#define FOR_EACH_X86_ISA(ISA)                                               \
-    ISA(avx2, avx2, none, runs_avx2, always)                                \
-    ISA(avx512, avx512, none, runs_avx512, always)                          \
-    ISA(avx512bf16, avx512, avx512bf16, runs_avx512bf16, is_profitable_avx512bf16) \
+
+#define FOR_EACH_X86_ISA(ISA)                                                                    \
+    ISA(avx2, avx2, none, runs_avx2, always)                                                     \
+    ISA(avx512, avx512, none, runs_avx512, always)                                               \
+    ISA(avx512bf16, avx512, avx512bf16, runs_avx512bf16, is_profitable_avx512bf16)               \
     ISA(amx, avx512, amx, runs_amx, always)
 #else
 #define FOR_EACH_X86_ISA(ISA)
@@ -90,14 +92,14 @@ static int runs_amx(void)
 
 /* Weakest first: ISA(name, whose float and double tables it uses, whose bfloat16 table or none,
  * whether the machine runs it, whether it is then faster than the ISAs before it). */
-#define FOR_EACH_ISA(ISA)                      \
-    ISA(scalar, scalar, none, always, always) \
+#define FOR_EACH_ISA(ISA)                                                                        \
+    ISA(scalar, scalar, none, always, always)                                                    \
     FOR_EACH_X86_ISA(ISA)
 
 static const qkv_tile_kernels qkv_tile_kernels_bf16_none = {.isa = NULL};
 
-#define DECLARE_TABLES(name, reals, pairs, runs, is_profitable)                               \
-    extern const qkv_tile_kernels qkv_tile_kernels_f32_##reals, qkv_tile_kernels_f64_##reals; \
+#define DECLARE_TABLES(name, reals, pairs, runs, is_profitable)                                  \
+    extern const qkv_tile_kernels qkv_tile_kernels_f32_##reals, qkv_tile_kernels_f64_##reals;    \
     extern const qkv_tile_kernels qkv_tile_kernels_bf16_##pairs;
 FOR_EACH_ISA(DECLARE_TABLES)
 

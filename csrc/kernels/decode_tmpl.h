@@ -4,8 +4,8 @@
  *     acc[r][:] = acc[r][:] * rescale[r] + sum_k P[k][r] * V[k][:]
  *
  * Shapes: kernels.h. Each key and value is read once, in the type in which it is stored, and
- * widened in registers. A result does not depend on where in a block it is computed. The last D %
- * LANES elements of a row are loaded without what lies behind them.
+ * widened in registers. A result does not depend on where in a block it is computed. The last
+ * D % LANES elements of a row are loaded without what lies behind them.
  *
  * Such work waits for memory, so rows are prefetched PREFETCH_DISTANCE bytes before they are
  * needed: a line at a time beside the arithmetic, in DECODE_ROWS rows at once. */

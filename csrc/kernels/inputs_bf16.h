@@ -8,7 +8,7 @@
  *
  * A pair takes the place of a float in vectors and scratch. P lies in the first half of the
  * scores' memory: [nk / 2][ld] pairs. Qt, P, Vt and acc are aligned, the caller's rows need not
- * be. What lies behind a row is not read; zeros fill Qt, P and Vt up to DEPTH_STEP. */
+ * be. Nothing behind a row is read. Zeros fill Qt and P up to DEPTH_STEP, and Vt up to 32. */
 #define DECODE_SCORES NULL /* float32's tables serve bfloat16 too */
 #define DECODE_ACCUMULATE NULL
 #define DECODE_SOFTMAX NULL

@@ -6,8 +6,7 @@
  *     all_finite            whether all of V is finite
  *
  * P lies where the scores were: [nk][ld] reals. Qt, P and acc are aligned, the caller's rows need
- * not be; a row's last D % LANES or Dv % LANES elements are loaded without what lies behind them.
- */
+ * not be. Nothing behind a row is read: its last D % LANES elements are loaded on their own. */
 #define DEPTH_STEP 1
 #define DECODE_SCORES decode_scores
 #define DECODE_ACCUMULATE decode_accumulate

@@ -4,30 +4,32 @@
  * for one tile and one block. It allocates nothing, calls no libm and knows of no threads.
  *
  * A query tile has up to `tile_q` rows, one per vector lane. A kernel works on `nvec` vectors of
- * `lanes` lanes, so a scratch matrix is [rows][ld] with ld = nvec * lanes, aligned to 64 bytes.
+ * `lanes` lanes, so a scratch matrix is [rows][ld] with ld = nvec * lanes, aligned to 64 bytes. A
+ * lane's result depends neither on other lanes nor on nvec.
+ *
  * "real" is float or double; the table says which. An "input" is an element that the products
- * multiply: a real, or a bfloat16 whose products are summed in float.
+ * multiply: a real, or a bfloat16 whose products are summed in float. */
+#ifndef QKV_TILE_KERNELS_H
+#define QKV_TILE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Layouts:
  *
  *     Qt    [D][ld]    packed queries, inputs
  *     S     [nk][ld]   scores of a block of keys, reals; softmax turns it into P
  *     P     [nk][ld]   probabilities, inputs, in the memory of S
  *     acc   [Dv][ld]   output accumulator, reals
  *     allow [nk]       bit i of allow[k] is set if lane i may attend to key k
- *     span  [nvec]     vector v needs the keys [begin, end) only; NULL: every vector needs all keys
+ *     span  [nvec]     vector v needs the keys [begin, end) only; NULL: all vectors need all keys
  *
  * bfloat16 inputs lie in pairs along the axis that a product sums over: Qt is [D / 2][ld][2] and P
  * is [nk / 2][ld][2]. The engine pads that axis with zeros to a multiple of depth_step, and the
  * other axis of K and V (the rows of S and acc) to a multiple of row_step. Both are 1 for reals.
  *
  * K stays in the caller's memory, and so does V if pack_values is NULL. Their last axis has unit
- * stride. Their rows may be any number of bytes apart (zero and negative too), at any alignment.
- *
- * A lane's result depends neither on other lanes nor on nvec. */
-#ifndef QKV_TILE_KERNELS_H
-#define QKV_TILE_KERNELS_H
-
-#include <stddef.h>
-#include <stdint.h>
+ * stride. Their rows may be any number of bytes apart (zero and negative too), at any alignment. */
 
 #define QKV_KEY_RUN 16       /* keys of a run: decode kernels want them `k_stride` bytes apart */
 #define QKV_KEY_RUNS_AHEAD 4 /* addresses behind those of a block's runs, to prefetch from */

@@ -1,3 +1,4 @@
+/* convert.h, an element at a time: these rows are what no kernel reads, so plain C is enough. */
 #include "convert.h"
 
 #include "elements.h"

@@ -1,3 +1,6 @@
+/* thread_pool.h: idle workers in a stack, a job at a time for each, a range of tasks for each
+ * thread of a job. A worker is handed a job by a store to its `job`, spins for it or sleeps on a
+ * condition. */
 #define _GNU_SOURCE
 #include "thread_pool.h"
 
