@@ -8,6 +8,7 @@ standard library.
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 JOBS_VARIABLE = "QKV_FAST_BUILD_JOBS"
+CIMPORT = re.compile(r"^from \.(\w+) cimport\b", re.MULTILINE)
 RESULTS_PER_STEM = 8  # some Python versions, with and without OpenMP, and what was before a change
 
 
@@ -163,14 +165,30 @@ def compile_object(cache: BuildCache, flags: Sequence[str], source: str) -> tupl
     return str(path), cache.get(path, lambda out: run_tool([*flags, "-c", source, "-o", str(out)]))
 
 
+def cython_files(pyx: Path) -> list[Path]:
+    """Return a Cython file and the .pxd files of its folder that it depends on.
+
+    These are the one with its name, and those that it or they cimport from: "from .name cimport".
+    """
+    found: set[Path] = set()
+    waiting = [pyx, pyx.with_suffix(".pxd")]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        names = CIMPORT.findall(path.read_text(encoding="utf-8"))
+        waiting += [path.with_name(f"{name}.pxd") for name in names]
+    return sorted(found)
+
+
 def translate(
     cache: BuildCache, pyx: str, module: str, directives: Mapping[str, object]
 ) -> tuple[str, bool]:
     """Return the C file of a Cython file, and whether Cython had to run."""
-    declarations = sorted(Path(pyx).parent.glob("*.px[di]"))
     options = [f"-X{name}={value}" for name, value in sorted(directives.items())]
     packages = [f"{name} {version(name)}" for name in ("cython", "numpy", "scipy")]
-    content = [path.read_bytes() for path in (Path(pyx), *declarations)]
+    content = [path.read_bytes() for path in cython_files(Path(pyx))]
     key = hash_parts(pyx, module, *options, *packages, *content)
     path = cache.path(Path(pyx).stem, ".c", key)
     command = [sys.executable, "-m", "cython", "--module-name", module, *options, pyx]

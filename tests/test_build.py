@@ -155,8 +155,12 @@ def test_cython_runs_again_only_when_the_file_or_a_declaration_changed(
     assert ran(boundscheck=False)
     pyx.write_text("x = 2\n")
     assert ran()
-    (project / "module.pxd").write_text("cdef int x\n")
+    (project / "module.pxd").write_text("cdef int x\nfrom .other cimport y\n")
     assert ran()
+    (project / "other.pxd").write_text("cdef enum:\n    y = 1\n")
+    assert ran()
+    (project / "unrelated.pxd").write_text("cdef int z\n")
+    assert not ran()
     monkeypatch.setattr(build_support, "version", lambda name: "1.1")
     assert ran()
 

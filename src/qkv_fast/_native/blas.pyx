@@ -1,7 +1,8 @@
 """Kernel tables whose two products are GEMMs of SciPy's BLAS; all else is the SIMD kernels'.
 
-BLAS is column-major, where an array X[r][c] of C is Xᵀ. So it reads S[k][i] = sum_d K[k][d] Qt[d][i]
-as S = Qt K with Qt (rows x head_dim) and K (head_dim x keys), and nothing has to be packed:
+BLAS is column-major, where an array X[r][c] of C is Xᵀ. So it reads
+S[k][i] = sum_d K[k][d] Qt[d][i] as S = Qt K, with Qt (rows x head_dim) and K (head_dim x keys), and
+nothing has to be packed:
 
     scores      S   = gemm('N', 'N', rows, keys, head_dim;   Qt, K)
     accumulate  acc = acc rescale + gemm('N', 'T', rows, v_dim, keys;   P, V)

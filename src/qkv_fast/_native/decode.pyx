@@ -162,13 +162,15 @@ cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int i
         step = plan.adjacent_keys
     while ld < tile.count:
         ld *= 2
-    list_runs(plan, heads, &plan.key, heads.key, plan.head_dim, count, interleaved, block, nk, &runs)
+    list_runs(plan, heads, &plan.key, heads.key, plan.head_dim, count, interleaved, block, nk,
+              &runs)
     while k < nk:
         for h in range(count):
             compute_scores(plan, tile_of(plan, heads, first + h), &runs, run, k, step, ld)
             run += <int>(step // QKV_KEY_RUN)
         k += step
-    list_runs(plan, heads, &plan.value, heads.value, plan.v_dim, count, interleaved, block, nk, &runs)
+    list_runs(plan, heads, &plan.value, heads.value, plan.v_dim, count, interleaved, block, nk,
+              &runs)
     k = begin
     run = 0
     while k < nk:

@@ -154,9 +154,10 @@ def run(problem, str gemm, str isa, double occupancy=0, double occupancy_convert
         cnp.ndarray busy=None):
     """Compute a Problem (see _problem.py) into its `out` and `lse`.
 
-    gemm: "simd" or "blas". occupancy, occupancy_converted: the share of a query tile's lanes
-    up to which decode is faster, where keys are read in place and where tiles have to convert them;
-    0 for prefill alone. busy: float64, to which the seconds are added that each thread was in tasks.
+    gemm: what computes prefill's products, "simd" or "blas".
+    occupancy: the share of a query tile's lanes up to which decode computes a sequence; 0 for
+    prefill alone. occupancy_converted: the same where prefill would have to convert the keys.
+    busy: float64; the seconds that each thread was in tasks are added to it.
     """
     cdef Launch launch
     cdef int budget

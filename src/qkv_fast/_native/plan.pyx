@@ -277,9 +277,10 @@ cdef void choose_decode_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads) 
 cdef void lay_out_decode(Plan *plan, Py_ssize_t rows) noexcept:
     """Set where everything lies in a thread's scratch; rows: of a tile, whole vectors.
 
-    The queries begin at a page and acc half a page on. A load waits for a store before it that has the
-    same place in its page, and the kernels load values while they store acc: with acc at 3200,
-    bfloat16 from memory is 7 % slower. Tiles of several heads are spread over the caches' sets.
+    The queries begin at a page and acc half a page on: a load waits for an earlier store to the
+    same place of another page, and the kernels load values while they store acc. With acc 3200
+    bytes into a page, bfloat16 from memory is 7 % slower (decode.py on Granite Rapids). Tiles of
+    several heads begin at different places of a page, to use all sets of the caches.
     """
     cdef ScratchLayout *at = &plan.layout
     cdef Py_ssize_t row_bytes = rows * plan.kernels.real_bytes

@@ -1,7 +1,7 @@
 """From batch entries to tasks.
 
-Each batch entry uses prefill or decode, by how many query rows its KV groups have, and is divided by
-its own queries and keys, so that no padding is computed. A task belongs to one batch entry:
+Each batch entry uses prefill or decode, by how many query rows its KV groups have. Its own queries
+and keys are what is divided, so that no padding is computed. A task belongs to one batch entry:
 
     prefill   tiles_per_task query tiles of one KV head
     decode    one split of the keys of heads_per_task KV heads

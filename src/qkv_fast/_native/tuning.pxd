@@ -45,8 +45,9 @@ cdef enum:  # fix the order of sums, so they depend on nothing but head sizes an
     MAX_DECODE_ROWS = 32
 
 cdef enum:  # decide how fast a call is
-    # Decode tasks take several heads where a head's adjacent keys are fewer bytes than this.
-    # Memory is read at 4/5 of its speed in pieces of 64 KiB, at half in rows of 512 bytes (decode.py).
+    # Decode interleaves the heads of a task where a head's adjacent keys are fewer bytes than this:
+    # in pieces of 64 KiB memory is read at 4/5 of its speed, in rows of 512 bytes at half of it
+    # (decode.py on Granite Rapids).
     LONG_RUN = 1 << 17
     # Rows of a task whose query tiles share what is made ready of a block, as long as each thread
     # still has so many tasks, for balance. Where values are packed, sharing saves more:
