@@ -25,8 +25,7 @@ import numpy as np
 
 import qkv_fast
 from qkv_fast import _backend, _problem
-from qkv_fast._kv_cache import quantize
-from qkv_fast._reference import bfloat16_bits
+from qkv_fast._dtypes import bfloat16_bits, quantize
 
 KINDS = ("float32", "float16", "bfloat16", "int8")
 # batch, query heads, key heads, keys of size 128

@@ -14,7 +14,7 @@ import pytest
 from helpers import make, run_python
 
 import qkv_fast
-from qkv_fast import __main__, _backend, _problem, _threads
+from qkv_fast import __main__, _backend, _dtypes, _problem, _threads
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 WHICH = (
@@ -25,7 +25,7 @@ WHICH = (
 
 def test_the_environment_chooses(native):
     engine = _backend._native_module()
-    best, best16 = engine.best_isa(_problem.FLOAT32), engine.best_isa(_problem.BFLOAT16)
+    best, best16 = engine.best_isa(_dtypes.FLOAT32), engine.best_isa(_dtypes.BFLOAT16)
     for environment, expected in {
         ("QKV_FAST_BACKEND", "python"): ["python  "] * 3,
         ("QKV_FAST_TILES", "blas"): [f"native blas {best}"] * 3,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import regression
 
-from qkv_fast import __main__, _problem, _reference
+from qkv_fast import __main__, _dtypes
 from qkv_fast.bench import compare, shapes
 
 
@@ -108,11 +108,9 @@ def test_the_help_of_shapes_is_short(capsys):
 
 def test_bfloat16_bits_round_to_even():
     x = np.array([1.0, 1.00390625, 1.01171875, -2.5], np.float32)
-    bits = _reference.bfloat16_bits(x)
+    bits = _dtypes.bfloat16_bits(x)
     np.testing.assert_array_equal(bits, [0x3F80, 0x3F80, 0x3F82, 0xC020])
-    np.testing.assert_array_equal(
-        _reference.reals(bits, _problem.BFLOAT16), [1.0, 1.0, 1.015625, -2.5]
-    )
+    np.testing.assert_array_equal(_dtypes.reals(bits, _dtypes.BFLOAT16), [1.0, 1.0, 1.015625, -2.5])
 
 
 def test_the_comparison_runs_and_writes_json(tmp_path, capsys):

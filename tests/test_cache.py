@@ -15,7 +15,7 @@ from helpers import normal
 import qkv_fast
 from qkv_fast import KVCache
 from qkv_fast import scaled_dot_product_attention as sdpa
-from qkv_fast._kv_cache import quantize
+from qkv_fast._dtypes import quantize
 
 STORED = {"float32": np.float32, "float64": np.float64, "float16": np.float16,
           "bfloat16": ml_dtypes.bfloat16}  # fmt: skip

@@ -12,7 +12,7 @@ from helpers import normal
 
 from qkv_fast import paged_attention
 from qkv_fast import scaled_dot_product_attention as sdpa
-from qkv_fast._kv_cache import quantize
+from qkv_fast._dtypes import quantize
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 LENGTHS = [130, 0, 7, 300, 64]

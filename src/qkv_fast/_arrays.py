@@ -11,14 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-
-UINT16 = np.dtype(np.uint16)
-# Bit patterns that are known to be bfloat16 without dtype="bfloat16", since a tensor of that dtype
-# held them. Equal to uint16 for NumPy; results never have it.
-BFLOAT16_BITS = np.dtype(np.uint16, metadata={"qkv_fast": "bfloat16"})
+from ._dtypes import BFLOAT16_BITS, Array, holds_integers, named
 
 _INT64 = np.iinfo(np.int64)
 
@@ -91,41 +85,6 @@ def integers(name: str, given: Any, what: str, least: int, most: int, rule: str)
     if low < least or high > most:
         raise ValueError(f"{name} holds {low if low < least else high}: {rule}")
     return array.astype(np.int64)
-
-
-def dtype_name(given: Any) -> str:
-    """Return the name of a dtype of NumPy, ml_dtypes or torch, or given as a string; "" if none."""
-    if isinstance(given, str):
-        return given
-    if isinstance(given, getattr(sys.modules.get("torch"), "dtype", ())):
-        return str(given).removeprefix("torch.")
-    if given is None:  # NumPy's float64
-        return ""
-    try:
-        return str(np.dtype(given).name)
-    except Exception:  # np.dtype has a protocol of its own for foreign objects
-        return ""
-
-
-def is_bits(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is `BFLOAT16_BITS`, perhaps rebuilt by NumPy."""
-    return dtype.metadata is not None and "qkv_fast" in dtype.metadata
-
-
-def holds_integers(array: Array) -> bool:
-    """Whether the elements are integers, which bit patterns of bfloat16 are not."""
-    return array.dtype.kind in "iu" and not is_bits(array.dtype)
-
-
-def named(dtype: np.dtype[Any]) -> str:
-    """Return the name of a dtype for messages."""
-    return "bfloat16" if is_bits(dtype) else str(dtype)
-
-
-def widened(bits: Array) -> Array:
-    """Return bfloat16, as any dtype of its size, as float32: it is the upper half of one."""
-    ints = bits.view(bits.dtype.str.replace("V", "u"))
-    return (ints.astype(np.uint32) << 16).view(np.float32)
 
 
 def shown(given: Any) -> str:

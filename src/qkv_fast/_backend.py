@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._problem import BFLOAT16, FLOAT32, code_of
+from ._dtypes import BFLOAT16, FLOAT32, code_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -9,29 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, as_array, dtype_name, integers, named, shown
+from ._arrays import as_array, integers, shown
 from ._attention import solve
 from ._backend import announce
-from ._problem import (
+from ._dtypes import (
     BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
+    CODES,
     INT8,
     SWAPPED,
-    UNBOUNDED,
-    code_of,
-    normalize_cached,
-    window_sides,
+    Array,
+    bfloat16_bits,
+    dtype_name,
+    named,
+    quantize,
+    reals,
+    storage_code,
 )
-from ._reference import bfloat16_bits, reals
+from ._problem import UNBOUNDED, normalize_cached, window_sides
 
 Ints = int | Sequence[int] | Array
 
 _STORED = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
-_CODES = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16,
-          "int8": INT8}  # fmt: skip
-_NAMES = {code: name for name, code in _CODES.items()}
+_NAMES = {code: name for name, code in CODES.items()}
 _LARGEST = np.iinfo(np.intp).max
 WINDOW_PAGE = 64  # keys of a page in window mode, unless told
 
@@ -139,7 +138,7 @@ class KVCache:
         if name == "int8":
             self._key_scales = _zeros("key_scales", shape, "f4")
             self._value_scales = _zeros("value_scales", shape, "f4")
-        self._code = _CODES[name]
+        self._code = CODES[name]
         self._set_up(batch, capacity, page_size is None, window)
 
     _keys: Array
@@ -235,8 +234,8 @@ class KVCache:
                 f"key has shape {key.shape} and value {value.shape}: they must be "
                 "(batch, Hkv, capacity, D) and (batch, Hkv, capacity, Dv), none of them 0"
             )
-        code = _code(key)
-        if code != _code(value) or code < 0 or code & SWAPPED:
+        code = storage_code(key.dtype)
+        if code != storage_code(value.dtype) or code < 0 or code & SWAPPED:
             raise TypeError(
                 f"key has dtype {named(key.dtype)} and value {named(value.dtype)}: both must be "
                 f"the same one of {', '.join(_STORED)} in native byte order"
@@ -595,7 +594,7 @@ class KVCache:
 
     def _stored(self, name: str, rows: Array) -> tuple[Array, Array | None]:
         """Round (tokens, Hkv, D) to the cache's dtype; for int8 also return the scales."""
-        code = _code(rows)
+        code = storage_code(rows.dtype)
         if code < 0 or code == INT8:
             raise TypeError(
                 f"{name} has dtype {named(rows.dtype)}: it must be float32, float64, float16 or "
@@ -726,21 +725,6 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     start = -memory.ctypes.data % 64
     zeros: Array = memory[start : start + size].view(dtype).reshape(shape)
     return zeros
-
-
-def quantize(rows: Array) -> tuple[Array, Array]:
-    """Return finite float32 rows (..., D) as int8, and the scales (...) that they are to be given.
-
-    A scale is the row's largest magnitude over 127, so that an element is off by half of it.
-    """
-    scales = np.abs(rows).max(axis=-1, initial=0) / np.float32(127)
-    safe = np.where(scales == 0, 1, scales)[..., np.newaxis]
-    return np.clip(np.rint(rows / safe), -127, 127).astype(np.int8), scales
-
-
-def _code(array: Array) -> int:
-    """Return the code of an element type, int8 and bfloat16 as uint16 among them, or -1."""
-    return INT8 if array.dtype == np.int8 else code_of(array.dtype, raw=True)
 
 
 def _size(name: str, given: Any, least: int = 1, most: int | None = None) -> int:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ._arrays import as_array, named
-from ._problem import (
+from ._arrays import as_array
+from ._dtypes import (
     BFLOAT16,
     FLOAT64,
     SWAPPED,
+    Array,
+    bfloat16_bits,
     code_of,
+    named,
+    reals,
     result_dtype,
     uint16_hint,
-    wants_bits,
 )
-from ._reference import bfloat16_bits, reals
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
+from ._problem import wants_bits
 
 
 def merge_attention(

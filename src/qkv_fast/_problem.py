@@ -12,33 +12,32 @@ from typing import Any
 import numpy as np
 
 from . import _threads
-from ._arrays import (
+from ._arrays import as_array, integers, is_tensor, plain, shown
+from ._dtypes import (
+    ACCEPTED,
+    BFLOAT16,
+    BOOL,
+    CODES_BY_NUM,
+    FLOAT16,  # noqa: F401  for tests/test_tile_kernels.py
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    SWAPPED,
     UINT16,
     Array,
-    as_array,
+    code_of,
     dtype_name,
     holds_integers,
-    integers,
-    is_bits,
-    is_tensor,
     named,
-    plain,
-    shown,
+    result_dtype,
+    storage_code,
+    uint16_hint,
     widened,
 )
 
 UNBOUNDED = 1 << 62  # of a window's side
 _MAX_OFFSET = 1 << 61
 _OVERLAP_WORK = 10_000  # candidates that the search for overlapping elements may look at
-
-# Codes of the element types, as csrc/convert.h numbers them, by NumPy's type number.
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16, BOOL, INT8, SWAPPED = 0, 1, 2, 3, 4, 5, 8
-_CODES = {
-    np.dtype(np.float32).num: FLOAT32,
-    np.dtype(np.float64).num: FLOAT64,
-    np.dtype(np.float16).num: FLOAT16,
-}
-_ACCEPTED = "float32, float64, float16 or bfloat16"
 
 
 class Problem:
@@ -192,7 +191,7 @@ def normalize(
     raw = dtype is not None
     dtype_out = query.dtype
     if not raw:
-        code = _CODES.get(dtype_out.num, -1)
+        code = CODES_BY_NUM.get(dtype_out.num, -1)
     else:
         known = type(dtype) is str and dtype == "bfloat16" and dtype_out is UINT16
         code = BFLOAT16 if known else -1
@@ -448,7 +447,7 @@ def _set_paged_query(
     p.out_code = out_code = p.query_code & ~SWAPPED
     if p.query_code < 0:
         raise TypeError(
-            f"query has dtype {named(dtype)}: it must be one of {_ACCEPTED}{uint16_hint(dtype)}"
+            f"query has dtype {named(dtype)}: it must be one of {ACCEPTED}{uint16_hint(dtype)}"
         )
     key_code, value_code = p.key_code & ~SWAPPED, p.value_code & ~SWAPPED
     p.code = FLOAT64 if FLOAT64 in (out_code, key_code, value_code) else FLOAT32
@@ -539,10 +538,10 @@ def _starts(name: str, given: Any, tensor: str, total: int) -> Array:
 
 def _page_code(name: str, pages: Array, scales: Any, raw: bool) -> tuple[int, Array | None]:
     """Return the code of pages and their scales, which go with int8 alone."""
-    code = INT8 if pages.dtype == np.int8 else code_of(pages.dtype, raw)
+    code = storage_code(pages.dtype, raw)
     if code < 0:
         raise TypeError(
-            f"{name}_pages has dtype {named(pages.dtype)}: it must be {_ACCEPTED} or int8"
+            f"{name}_pages has dtype {named(pages.dtype)}: it must be {ACCEPTED} or int8"
             f"{uint16_hint(pages.dtype)}"
         )
     if (code == INT8) != (scales is not None):
@@ -595,21 +594,6 @@ def _lse_dtype(p: Problem) -> type[np.floating[Any]]:
     return np.float64 if p.code == FLOAT64 else np.float32
 
 
-def code_of(dtype: np.dtype[Any], raw: bool = False) -> int:
-    """Return the code of an element type, or -1; raw: uint16 holds bfloat16."""
-    code = _CODES.get(dtype.num, -1)
-    if code < 0 and dtype.num == UINT16.num:
-        code = BFLOAT16 if raw or is_bits(dtype) else -1
-    elif code < 0 and dtype.itemsize == 2 and dtype.name == "bfloat16":
-        code = _CODES[dtype.num] = BFLOAT16  # the number that it got when it was registered
-    return code if code < 0 or dtype.isnative else code + SWAPPED
-
-
-def result_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype of results: query's in native byte order, plain uint16 for bit patterns."""
-    return UINT16 if dtype.num == UINT16.num else dtype.newbyteorder("=")
-
-
 def wants_bits(dtype: Any) -> bool:
     """Whether an argument `dtype` says that uint16 holds bfloat16."""
     if dtype is None:
@@ -620,13 +604,6 @@ def wants_bits(dtype: Any) -> bool:
             "None"
         )
     return True
-
-
-def uint16_hint(*dtypes: np.dtype[Any]) -> str:
-    """Return the end of a message about dtypes: what uint16 may have been meant to be."""
-    if any(dtype.num == UINT16.num and not is_bits(dtype) for dtype in dtypes):
-        return "; dtype='bfloat16' says that uint16 arrays hold that"
-    return ""
 
 
 def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -> None:
@@ -644,7 +621,7 @@ def _set_codes(p: Problem, query: Array, key: Array, value: Array, dtype: Any) -
         )
     if min(codes) < 0 or any(code & ~SWAPPED != p.out_code for code in codes):
         raise TypeError(
-            f"{_three_dtypes(query, key, value)}: all three must have the same one of {_ACCEPTED}"
+            f"{_three_dtypes(query, key, value)}: all three must have the same one of {ACCEPTED}"
             f"{uint16_hint(query.dtype, key.dtype, value.dtype)}"
         )
 
@@ -732,7 +709,7 @@ def _set_mask(p: Problem, given: Any, shape: tuple[int, ...], raw: bool) -> None
     p.mask_code = BOOL if mask.dtype == np.bool_ else code_of(mask.dtype, raw)
     if p.mask_code < 0:
         raise TypeError(
-            f"attn_mask has dtype {mask.dtype}: it must be bool (True = may attend) or {_ACCEPTED} "
+            f"attn_mask has dtype {mask.dtype}: it must be bool (True = may attend) or {ACCEPTED} "
             f"(added to the scores){uint16_hint(mask.dtype)}"
         )
     cure = ""

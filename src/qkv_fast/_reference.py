@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ._arrays import Array, widened
-from ._problem import BFLOAT16, FLOAT64, SWAPPED, UNBOUNDED, Problem
+from ._dtypes import BFLOAT16, FLOAT64, Array, bfloat16_bits, reals
+from ._problem import UNBOUNDED, Problem
 
 # Scores held at a time: 2 MiB of float32. Each batch entry goes alone, so that its result does
 # not depend on the others. A block takes fewer heads before it takes fewer rows than BLOCK_ROWS:
@@ -189,20 +189,6 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
     if entry.lse is not None:
         lse = np.where(seen, row_max + np.log(row_sum), -np.inf)
         entry.lse[heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
-
-
-def reals(array: Array, code: int, real: npt.DTypeLike | None = None) -> Array:
-    """Return the array as real numbers."""
-    if code & ~SWAPPED == BFLOAT16:
-        array = widened(array)
-    return array if real is None else array.astype(real, copy=False)
-
-
-def bfloat16_bits(x: Array) -> Array:
-    """Return float32 rounded to bfloat16, to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = bits + (0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
 def _reach(p: Problem, entry: Entry, rows: slice) -> tuple[Array, slice]:

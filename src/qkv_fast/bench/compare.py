@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from qkv_fast import _backend, _problem
+from qkv_fast import _backend
+from qkv_fast._dtypes import CODES
 
 from .peers import DTYPES, PREPARE, TOLERANCE, Peer, version
 from .shapes import FORM, GROUPS, Shape, listing, named
 
 Row = dict[str, Any]
-CODES = {"float32": _problem.FLOAT32, "bfloat16": _problem.BFLOAT16}
 
 
 def limits(dtype: str, threads: int) -> tuple[float, float]:

@@ -16,14 +16,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from qkv_fast._problem import BFLOAT16
-from qkv_fast._reference import bfloat16_bits, reals
+from qkv_fast._dtypes import BFLOAT16, Array, bfloat16_bits, reals
 
 from .shapes import Shape
 
-Array = npt.NDArray[Any]
 Run = Callable[[], Any]
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
