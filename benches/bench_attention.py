@@ -7,8 +7,8 @@ import pytest
 
 import qkv_fast
 from qkv_fast import _backend
-from qkv_fast._dtypes import bfloat16_bits
 from qkv_fast.bench.peers import numpy_attention
+from qkv_fast.bench.probes import bfloat16_bits
 from qkv_fast.bench.shapes import SHAPES
 
 FLOAT32 = _backend.available("float32")

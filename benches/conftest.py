@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qkv_fast
-from qkv_fast.bench.compare import limits
+from qkv_fast.bench.probes import limits
 from qkv_fast.bench.shapes import Shape
 
 

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 import qkv_fast
-from qkv_fast import _backend, _problem
-from qkv_fast._dtypes import bfloat16_bits, quantize
+from qkv_fast.bench.probes import bfloat16_bits, busy_seconds, quantize, read_once
 
 KINDS = ("float32", "float16", "bfloat16", "int8")
 # batch, query heads, key heads, keys of size 128
@@ -58,7 +57,7 @@ def in_turns(runs: dict[str, Run], rounds: int, before: Run | None = None) -> di
 
 def bandwidth(rounds: int) -> None:
     """Print each long shape's share of the speed of a plain read."""
-    read, threads = _backend._native_module().read_once, qkv_fast.get_num_threads()
+    threads = qkv_fast.get_num_threads()
     other = np.zeros(BEYOND_CACHES, np.uint8)
     other.fill(1)
     title = "batch, heads, KV heads, keys"
@@ -80,10 +79,10 @@ def bandwidth(rounds: int) -> None:
         seconds = in_turns(
             {
                 "attend": lambda cache=cache, q=q: cache.attend(q),
-                "read": lambda some=everything: read(some, threads),
+                "read": lambda some=everything: read_once(some, threads),
             },
             rounds,
-            lambda: read([other], threads),
+            lambda: read_once([other], threads),
         )
         size = sum(x.nbytes for x in everything) / 1e9
         shape = str((batch, heads, kv_heads, keys))
@@ -135,16 +134,10 @@ def packed(rounds: int) -> None:
     )
     ratio = seconds["packed"] / seconds["alone"]
     print(f"packed, 1 x 8192 with 255 x 16: {ratio:.3f} of the time one by one")
-    native, choice = _backend._native_module(), _backend.current()
     threads = qkv_fast.get_num_threads()
     shares = []
     for _ in range(rounds):
-        busy = np.zeros(threads)
-        problem = _problem.normalize_varlen(
-            q, k, v, starts, None, True, None, True, None, None, None, None, None, None, None,
-            False, threads, None,
-        )  # fmt: skip
-        native.run(problem, choice.tiles, choice.isa, *_backend.few_shares(choice, 0), busy)
+        _, busy = busy_seconds(q, k, v, starts, threads)
         shares.append(busy.min() / busy.max())
     print(f"least busy thread: {statistics.median(shares):.3f} of the busiest one's time")
 

@@ -14,8 +14,12 @@ import pytest
 from helpers import make, run_python
 
 import qkv_fast
-from qkv_fast import __main__, _backend, _dtypes, _problem, _threads
+from qkv_fast import __main__, _backend, _dtypes, _threads
 from qkv_fast import scaled_dot_product_attention as sdpa
+from qkv_fast._problem.output import output
+from qkv_fast._problem.problem import Problem
+from qkv_fast._problem.scoring import scoring
+from qkv_fast._problem.tensors import dense
 
 WHICH = (
     "import qkv_fast as q; from qkv_fast._backend import current as c; "
@@ -243,8 +247,10 @@ def test_blas_without_memory_for_its_buffers_raises(native, megabytes):
 
 def test_blas_gets_no_more_threads_than_there_are_cpus(native, monkeypatch):
     q, k, v = np.random.default_rng(0).standard_normal((3, 64, 1, 64, 8))
-    problem = _problem.normalize(q, k, v, None, 0.0, False, None, False, 0, None, None, None, None,
-                                 None, None, False, 4, None)  # fmt: skip
+    problem = Problem()
+    dense(problem, q, k, v, False, None)
+    scoring(problem, False, None, 0, None, None, None, None)
+    output(problem, None, False, 4)
     busy = np.zeros(4)
     monkeypatch.setattr(_threads, "cpus", lambda: 1)
     _backend._native_module().run(problem, "blas", "scalar", 0.0, 0.0, busy)

@@ -204,20 +204,13 @@ def test_refusals(error, message, wrong):
 
 def test_uneven_lengths_are_balanced(native, rng):
     """One long sequence with many short ones: threads find tasks of bounded size, not sequences."""
-    from qkv_fast import _backend, _problem
+    from qkv_fast.bench.probes import busy_seconds
 
     lengths = [1024, *[16] * 31]
     cu = np.concatenate([[0], np.cumsum(lengths)])
     q, k, v = (normal(rng, (cu[-1], 2, 32)) for _ in range(3))
-    problem = _problem.normalize_varlen(
-        q, k, v, cu, None, True, None, True, None, None, None, None, None, None, None, False, 2,
-        None,
-    )  # fmt: skip
-    busy = np.zeros(2)
-    with qkv_fast.backend("native"), qkv_fast.threads(2):
-        choice = _backend.current()
-        shares = _backend.few_shares(choice, problem.code)
-        _backend._native_module().run(problem, choice.tiles, choice.isa, *shares, busy)
+    with qkv_fast.backend("native"):
+        result, busy = busy_seconds(q, k, v, cu, threads=2)
         expected = varlen_attention(q, k, v, cu, is_causal=True)
     assert busy.sum() > 0
-    np.testing.assert_array_equal(problem.result, expected)
+    np.testing.assert_array_equal(result, expected)

@@ -9,7 +9,10 @@ import numpy as np
 
 from ._backend import announce, dispatch
 from ._dtypes import Array
-from ._problem import Problem, normalize
+from ._problem.output import output
+from ._problem.problem import Problem
+from ._problem.scoring import limit_keys, mask, no_dropout, scoring
+from ._problem.tensors import dense
 
 
 @overload
@@ -196,10 +199,14 @@ def scaled_dot_product_attention(
     array([[3.]])
     """
     announce()
-    problem = normalize(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                        query_offset, window, softcap, alibi_slopes, sinks, key_lengths, out,
-                        return_lse, num_threads, dtype)  # fmt: skip
-    return solve(problem)
+    p = Problem()
+    dense(p, query, key, value, enable_gqa, dtype)
+    mask(p, attn_mask)
+    no_dropout(dropout_p)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    limit_keys(p, key_lengths)
+    output(p, out, return_lse, num_threads)
+    return solve(p)
 
 
 def solve(problem: Problem) -> Array | tuple[Array, Array]:

@@ -20,7 +20,7 @@ from ._dtypes import BFLOAT16, FLOAT32, code_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ._problem import Problem
+    from ._problem.problem import Problem
 
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ._arrays import as_array, integers, shown
 from ._attention import solve
 from ._backend import announce
 from ._dtypes import (
@@ -25,7 +23,11 @@ from ._dtypes import (
     reals,
     storage_code,
 )
-from ._problem import UNBOUNDED, normalize_cached, window_sides
+from ._problem.arguments import as_array, integer, integers, shown
+from ._problem.output import output
+from ._problem.problem import UNBOUNDED, Problem
+from ._problem.scoring import align_ends, mask, scoring, window_sides
+from ._problem.tensors import cached
 
 Ints = int | Sequence[int] | Array
 
@@ -107,12 +109,12 @@ class KVCache:
         num_pages: int | None = None,
         window: int | None = None,
     ) -> None:
-        batch = _size("batch", batch, 0, _LARGEST)
-        num_kv_heads = _size("num_kv_heads", num_kv_heads, 1, _LARGEST)
-        capacity = _size("capacity", capacity, 1, _LARGEST)
-        head_dim = _size("head_dim", head_dim, 1, _LARGEST)
-        v_dim = head_dim if v_dim is None else _size("v_dim", v_dim, 1, _LARGEST)
-        window = None if window is None else min(_size("window", window, 0), UNBOUNDED)
+        batch = integer("batch", batch, 0, _LARGEST)
+        num_kv_heads = integer("num_kv_heads", num_kv_heads, 1, _LARGEST)
+        capacity = integer("capacity", capacity, 1, _LARGEST)
+        head_dim = integer("head_dim", head_dim, 1, _LARGEST)
+        v_dim = head_dim if v_dim is None else integer("v_dim", v_dim, 1, _LARGEST)
+        window = None if window is None else min(integer("window", window, 0), UNBOUNDED)
         if page_size is None and window is not None:
             page_size = WINDOW_PAGE
         if page_size is None:
@@ -120,13 +122,13 @@ class KVCache:
                 raise ValueError(f"num_pages is {shown(num_pages)}, but there is no page_size")
             self._page_size, pages = capacity, batch
         else:
-            self._page_size = _size("page_size", page_size, 1, _LARGEST)
+            self._page_size = integer("page_size", page_size, 1, _LARGEST)
             at_once = capacity if window is None else min(capacity, window + max(window, 512))
             spare = 0 if window is None else 1  # the window may begin anywhere in a page
             blocks = min(-(-at_once // self._page_size) + spare, -(-capacity // self._page_size))
             pages = batch * blocks
             if num_pages is not None:
-                pages = _size("num_pages", num_pages, 0, _LARGEST)
+                pages = integer("num_pages", num_pages, 0, _LARGEST)
         name = dtype_name(dtype)
         if name not in _STORED:
             kind = ValueError if name else TypeError
@@ -426,11 +428,14 @@ class KVCache:
             self._check_kept(
                 self._chosen(sequences), lengths - q_len, lengths, f"query has {q_len} tokens"
             )
-        return solve(
-            normalize_cached(query, self._keys, self._values, self._code, self._key_scales,
-                             self._value_scales, table, lengths, attn_mask, is_causal, scale,
-                             window, softcap, alibi_slopes, sinks, out, return_lse, num_threads)
-        )  # fmt: skip
+        p = Problem()
+        cached(p, query, self._keys, self._values, self._code, self._key_scales,
+               self._value_scales, table, lengths)  # fmt: skip
+        mask(p, attn_mask)
+        scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks)
+        align_ends(p)
+        output(p, out, return_lse, num_threads)
+        return solve(p)
 
     def extend(self, counts: Ints, *, sequences: Any = None) -> None:
         """Lengthen sequences by tokens that the caller writes into the storage by himself.
@@ -471,8 +476,8 @@ class KVCache:
         """
         row = self._sequence("sequence", sequence)
         length = int(self._lengths[row])
-        stop = length if stop is None else min(_size("stop", stop, 0), length)
-        start = _size("start", start, 0)
+        stop = length if stop is None else min(integer("stop", stop, 0), length)
+        start = integer("start", start, 0)
         pairs: list[Any] = []
         while start < stop:
             page, slot = self._table[row, start // self._page_size], start % self._page_size
@@ -543,7 +548,7 @@ class KVCache:
         """
         one, other = self._sequence("source", source), self._sequence("target", target)
         have = int(self._lengths[one])
-        kept = have if length is None else _size("length", length, 0)
+        kept = have if length is None else integer("length", length, 0)
         if kept > have:
             raise ValueError(
                 f"length is {shown(kept)}, but sequence {one} has {have} tokens: it must not "
@@ -577,7 +582,7 @@ class KVCache:
         return index
 
     def _sequence(self, name: str, given: Any) -> int:
-        return _size(name, given, 0, len(self._lengths) - 1)
+        return integer(name, given, 0, len(self._lengths) - 1)
 
     def _check_writeable(self) -> None:
         """Raise where tokens can't be written, before any of them is."""
@@ -725,20 +730,6 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     start = -memory.ctypes.data % 64
     zeros: Array = memory[start : start + size].view(dtype).reshape(shape)
     return zeros
-
-
-def _size(name: str, given: Any, least: int = 1, most: int | None = None) -> int:
-    if isinstance(given, bool):
-        raise TypeError(f"{name} must be an int, not bool")
-    try:
-        size = operator.index(given)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {type(given).__name__}") from None
-    if size < least:
-        raise ValueError(f"{name} is {shown(size)}: it must be at least {least}")
-    if most is not None and size > most:
-        raise ValueError(f"{name} is {shown(size)}: it must be at most {most}")
-    return size
 
 
 def _counts(name: str, given: Any, chosen: Array, most: int, rule: str) -> Array:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import as_array
 from ._dtypes import (
     BFLOAT16,
     FLOAT64,
@@ -20,7 +19,7 @@ from ._dtypes import (
     result_dtype,
     uint16_hint,
 )
-from ._problem import wants_bits
+from ._problem.arguments import as_array, wants_bf16_bits
 
 
 def merge_attention(
@@ -75,8 +74,8 @@ def merge_attention(
     True
     """
     outputs, lses = _arrays("outputs", outputs), _arrays("lses", lses)
-    raw = wants_bits(dtype)
-    code = _check(outputs, lses, raw)
+    uint16_is_bf16 = wants_bf16_bits(dtype)
+    code = _check(outputs, lses, uint16_is_bf16)
     real = np.float64 if code == FLOAT64 else np.float32
     with np.errstate(all="ignore"):
         top: Array = np.full(lses[0].shape, -np.inf, real)
@@ -88,7 +87,7 @@ def merge_attention(
         for output, lse in zip(outputs, lses, strict=True):
             weight = np.exp(lse.astype(real) - base)
             total += weight
-            part = reals(output, code_of(output.dtype, raw), real)
+            part = reals(output, code_of(output.dtype, uint16_is_bf16), real)
             acc += np.where(weight[..., np.newaxis] == 0, 0, weight[..., np.newaxis] * part)
         result = np.where(total[..., np.newaxis] == 0, 0, acc / total[..., np.newaxis])
         lse = (base + np.log(total)).astype(real)
@@ -108,21 +107,21 @@ def _arrays(name: str, given: Any) -> list[Array]:
     return [as_array(f"{name}[{i}]", part) for i, part in enumerate(parts)]
 
 
-def _check(outputs: list[Array], lses: list[Array], raw: bool) -> int:
+def _check(outputs: list[Array], lses: list[Array], uint16_is_bf16: bool) -> int:
     """Raise when the parts don't fit; return the code of their element type."""
     if not outputs or len(outputs) != len(lses):
         raise ValueError(
             f"there are {len(outputs)} outputs and {len(lses)} lses: one lse for each output is "
             "needed, and at least one of them"
         )
-    code = code_of(outputs[0].dtype, raw)
+    code = code_of(outputs[0].dtype, uint16_is_bf16)
     if code < 0:
         raise TypeError(
             f"outputs[0] has dtype {named(outputs[0].dtype)}: it must be float32, float64, float16 "
             f"or bfloat16{uint16_hint(outputs[0].dtype)}"
         )
     for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
-        if code_of(output.dtype, raw) & ~SWAPPED != code & ~SWAPPED:
+        if code_of(output.dtype, uint16_is_bf16) & ~SWAPPED != code & ~SWAPPED:
             raise TypeError(
                 f"outputs[{i}] has dtype {named(output.dtype)}, but outputs[0] has "
                 f"{named(outputs[0].dtype)}"

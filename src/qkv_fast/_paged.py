@@ -8,7 +8,10 @@ from typing import Any
 from ._attention import solve
 from ._backend import announce
 from ._dtypes import Array
-from ._problem import normalize_paged
+from ._problem.output import output
+from ._problem.problem import Problem
+from ._problem.scoring import align_ends, mask, scoring
+from ._problem.tensors import check_pages, paged
 
 
 def paged_attention(
@@ -113,8 +116,13 @@ def paged_attention(
     True
     """
     announce()
-    return solve(
-        normalize_paged(query, key_pages, value_pages, block_table, key_lengths, attn_mask,
-                        is_causal, scale, enable_gqa, query_offset, window, softcap, alibi_slopes,
-                        sinks, key_scales, value_scales, out, return_lse, num_threads, dtype)
-    )  # fmt: skip
+    p = Problem()
+    paged(p, query, key_pages, value_pages, block_table, key_lengths, key_scales, value_scales,
+          enable_gqa, dtype)  # fmt: skip
+    mask(p, attn_mask)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    if query_offset is None:
+        align_ends(p)
+    output(p, out, return_lse, num_threads)
+    check_pages(p)
+    return solve(p)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._dtypes import BFLOAT16, FLOAT64, Array, bfloat16_bits, reals
-from ._problem import UNBOUNDED, Problem
+from ._problem.problem import UNBOUNDED, Problem
 
 # Scores held at a time: 2 MiB of float32. Each batch entry goes alone, so that its result does
 # not depend on the others. A block takes fewer heads before it takes fewer rows than BLOCK_ROWS:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from ._problem.arguments import integer
 
 _MOUNT = Path("/sys/fs/cgroup")
 _process_wide: int | None = None
@@ -16,18 +17,8 @@ _default: tuple[int, str] | None = None
 
 
 def checked(num_threads: object) -> int:
-    """`num_threads` as an int of at least 1; TypeError or ValueError otherwise."""
-    if isinstance(num_threads, bool):
-        raise TypeError("num_threads must be an integer of at least 1, not a bool")
-    try:
-        count = operator.index(num_threads)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(
-            f"num_threads must be an integer of at least 1, not {type(num_threads).__name__}"
-        ) from None
-    if count < 1:
-        raise ValueError(f"num_threads is {count}: it must be at least 1")
-    return min(count, 1 << 16)
+    """Return `num_threads` as an int of at least 1, or raise."""
+    return min(integer("num_threads", num_threads, what="an int of at least 1"), 1 << 16)
 
 
 def set_num_threads(num_threads: int | None) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 from ._attention import solve
 from ._backend import announce
 from ._dtypes import Array
-from ._problem import normalize_varlen
+from ._problem.output import output
+from ._problem.problem import Problem
+from ._problem.scoring import align_ends, limit_keys, scoring
+from ._problem.tensors import packed
 
 
 def varlen_attention(
@@ -111,8 +114,11 @@ def varlen_attention(
     True
     """
     announce()
-    return solve(
-        normalize_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale,
-                         enable_gqa, query_offset, window, softcap, alibi_slopes, sinks,
-                         key_lengths, out, return_lse, num_threads, dtype)
-    )  # fmt: skip
+    p = Problem()
+    packed(p, query, key, value, cu_seqlens_q, cu_seqlens_k, enable_gqa, dtype)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    if query_offset is None:
+        align_ends(p)
+    limit_keys(p, key_lengths)
+    output(p, out, return_lse, num_threads)
+    return solve(p)

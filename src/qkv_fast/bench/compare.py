@@ -21,23 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from qkv_fast import _backend
-from qkv_fast._dtypes import CODES
-
 from .peers import DTYPES, PREPARE, TOLERANCE, Peer, version
+from .probes import limits
 from .shapes import FORM, GROUPS, Shape, listing, named
 
 Row = dict[str, Any]
-
-
-def limits(dtype: str, threads: int) -> tuple[float, float]:
-    """Return the multiply-add peak in GFLOP/s and the read bandwidth in GB/s; 0 without engine."""
-    if _backend.why_not_native():
-        return 0.0, 0.0
-    engine = _backend._native_module()
-    engine.fma_peak(threads, 0.02, CODES[dtype])
-    peak: float = engine.fma_peak(threads, 0.08, CODES[dtype])
-    return peak, engine.read_bandwidth(threads, 0.08)
 
 
 def measure(

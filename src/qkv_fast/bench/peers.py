@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qkv_fast._dtypes import BFLOAT16, Array, bfloat16_bits, reals
-
+from .probes import Array, bfloat16_bits, bfloat16_reals
 from .shapes import Shape
 
 Run = Callable[[], Any]
@@ -44,17 +43,17 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
     """Prepare this library."""
     import qkv_fast
 
-    raw = dtype == "bfloat16"
-    q, k, v = (bfloat16_bits(x) for x in tensors) if raw else tensors
+    is_bf16 = dtype == "bfloat16"
+    q, k, v = (bfloat16_bits(x) for x in tensors) if is_bf16 else tensors
     out = np.empty_like(q)
     options: dict[str, Any] = {"is_causal": shape.is_causal, "enable_gqa": True, "out": out}
-    options |= {"num_threads": threads, "dtype": dtype if raw else None}
+    options |= {"num_threads": threads, "dtype": dtype if is_bf16 else None}
 
     def run() -> Any:
         return qkv_fast.scaled_dot_product_attention(q, k, v, **options)
 
-    if raw:
-        run.answer = lambda: reals(run(), BFLOAT16)  # type: ignore[attr-defined]
+    if is_bf16:
+        run.answer = lambda: bfloat16_reals(run())  # type: ignore[attr-defined]
     return run
 
 
@@ -141,20 +140,20 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
 
     if tensors[0].shape[1] != tensors[1].shape[1]:
         raise NotImplementedError("no grouped heads")
-    raw = dtype == "bfloat16"
-    kind = ov.Type.bf16 if raw else ov.Type.f32
+    is_bf16 = dtype == "bfloat16"
+    kind = ov.Type.bf16 if is_bf16 else ov.Type.f32
     parameters = [ops.parameter(list(x.shape), kind) for x in tensors]
     node = ops.scaled_dot_product_attention(*parameters, causal=shape.is_causal)
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "bf16" if raw else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if is_bf16 else "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = ov.Core().compile_model(ov.Model([node], parameters), "CPU", settings)
     request = compiled.create_infer_request()
     for i, x in enumerate(tensors):
         tensor = ov.Tensor(x, shared_memory=True)
-        if raw:
+        if is_bf16:
             tensor = ov.Tensor(kind, list(x.shape))
             tensor.data.view(np.uint16)[...] = bfloat16_bits(x)
         request.set_input_tensor(i, tensor)
@@ -165,7 +164,7 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
     def answer() -> Any:
         run()
         data = np.array(request.get_output_tensor().data)
-        return reals(data.view(np.uint16), BFLOAT16) if data.itemsize == 2 else data
+        return bfloat16_reals(data.view(np.uint16)) if data.itemsize == 2 else data
 
     run.answer = answer  # type: ignore[attr-defined]
     return run
@@ -205,7 +204,7 @@ def tensors_of(shape: Shape, dtype: str) -> list[Array]:
     """Return the shape's tensors in float32, rounded to what the dtype can hold."""
     if dtype == "float32":
         return list(shape.tensors())
-    return [reals(bfloat16_bits(x), BFLOAT16) for x in shape.tensors()]
+    return [bfloat16_reals(bfloat16_bits(x)) for x in shape.tensors()]
 
 
 def work(peer: str, threads: int, pipe: Connection) -> None:

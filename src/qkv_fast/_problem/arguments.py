@@ -1,20 +1,80 @@
-"""What callers hand over, read as ndarrays: arrays of other libraries, tensors, lists, numbers.
+"""Checks of single arguments: integers, flags, real numbers, arrays of any library, tensors.
 
-Every error names the argument. torch is looked up among the loaded modules, never imported: who
-passes a tensor has it loaded.
+Every error names the argument. torch is looked up among the loaded modules, never imported: a
+caller who passes a tensor has loaded it.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ._dtypes import BFLOAT16_BITS, Array, holds_integers, named
+from .._dtypes import (
+    BFLOAT16,
+    BFLOAT16_BITS,
+    SWAPPED,
+    Array,
+    code_of,
+    dtype_name,
+    holds_integers,
+    named,
+    widened,
+)
 
 _INT64 = np.iinfo(np.int64)
+
+
+def integer(
+    name: str,
+    given: Any,
+    least: int = 1,
+    most: int | None = None,
+    *,
+    what: str = "an int",
+    rule: str = "",
+    bools: bool = False,
+) -> int:
+    """Return an integer from `least` to `most`.
+
+    `what` is wanted, by the message of a TypeError; `rule` ends that of a ValueError. True and
+    False are integers only with `bools`.
+    """
+    try:
+        if isinstance(given, bool) and not bools:
+            raise TypeError
+        number = operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name} is {shown(given)}: it must be {what}") from None
+    if number < least:
+        raise ValueError(f"{name} is {shown(number)}: {rule or f'it must be at least {least}'}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} is {shown(number)}: {rule or f'it must be at most {most}'}")
+    return number
+
+
+def flag(name: str, given: Any) -> bool:
+    """Return a bool."""
+    if not isinstance(given, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, not {type(given).__name__}")
+    return bool(given)
+
+
+def real(name: str, given: Any) -> float:
+    """Return a real number as a float."""
+    try:
+        if isinstance(given, str | bytes | bytearray):
+            raise TypeError
+        return float(given)
+    except OverflowError:
+        raise ValueError(
+            f"{name} is {shown(given)}: it must not exceed the largest float64, 1.8e308"
+        ) from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, not {type(given).__name__}") from None
 
 
 def as_array(name: str, given: Any, *, in_place: bool = False) -> Array:
@@ -87,6 +147,51 @@ def integers(name: str, given: Any, what: str, least: int, most: int, rule: str)
     return array.astype(np.int64)
 
 
+def per_batch(name: str, given: Any, batch: tuple[int, ...], least: int, most: int) -> Array:
+    """Return as int64 of shape `batch` the integers that were given, each in a range."""
+    what, rule = "an int, or ints for each batch entry", f"it must be between {least} and {most}"
+    array = integers(name, given, what, least, most, rule)
+    return broadcast_to(name, array, batch, "the batch axes")
+
+
+def cumulative(name: str, given: Any, tensor: str, total: int) -> Array:
+    """Return cumulative lengths as int64: from 0 to `total`, never falling."""
+    what = "ints of shape (sequences + 1,)"
+    rule = f"it must rise from 0 to the length of {tensor} on axis 0, {total}"
+    starts = integers(name, given, what, 0, total, rule)
+    if starts.ndim != 1 or not len(starts):
+        raise TypeError(f"{name} must be {what}, not of shape {starts.shape}")
+    falls = np.flatnonzero(starts[1:] < starts[:-1])  # differences might wrap
+    if starts[0] != 0 or starts[-1] != total or falls.size:
+        way = f", but falls from {starts[falls[0]]} to {starts[falls[0] + 1]}" if falls.size else ""
+        raise ValueError(f"{name} goes from {starts[0]} to {starts[-1]}{way}: {rule}")
+    return starts
+
+
+def real_array(name: str, given: Any) -> Array:
+    """Return as float64 the real numbers that were given, as an array or in lists."""
+    array = plain(name, given)
+    if code_of(array.dtype) & ~SWAPPED == BFLOAT16:
+        array = widened(array)
+    elif array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} has dtype {array.dtype}: real numbers are needed")
+    return array.astype(np.float64, order="C")
+
+
+def broadcast_to(
+    name: str, array: Array, shape: tuple[int, ...], meaning: str, cure: str = ""
+) -> Array:
+    """Return a view of the shape, which is that of `meaning`; `cure` ends the error's message."""
+    if array.shape == shape:
+        return array
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} has shape {array.shape}: it must broadcast to {meaning} = {shape}{cure}"
+        ) from None
+
+
 def shown(given: Any) -> str:
     """Return what was given in few characters, for messages."""
     if isinstance(given, np.ndarray):
@@ -98,8 +203,20 @@ def shown(given: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def wants_bf16_bits(dtype: Any) -> bool:
+    """Return whether an argument `dtype` says that uint16 arrays hold bfloat16."""
+    if dtype is None:
+        return False
+    if dtype_name(dtype) != "bfloat16":
+        raise ValueError(
+            f"dtype is {shown(dtype)}: it must be 'bfloat16', where uint16 arrays hold that, or "
+            "None"
+        )
+    return True
+
+
 def is_tensor(given: Any) -> bool:
-    """Whether this is a tensor of torch."""
+    """Return whether this is a tensor of torch."""
     return isinstance(given, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 

@@ -1,0 +1,125 @@
+"""Where the answer goes: new arrays, or the caller's memory if the engine can write there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .._dtypes import BFLOAT16, FLOAT64, SWAPPED, UINT16, Array, code_of, named, result_dtype
+from .._threads import checked, get_num_threads
+from .arguments import as_array, flag, is_tensor
+from .problem import Problem
+
+_OVERLAP_WORK = 10_000  # candidates that the search for overlapping elements may look at
+
+
+def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
+    """Set what the engine writes to and what the caller gets, with how many threads."""
+    p.num_threads = get_num_threads() if num_threads is None else checked(num_threads)
+    wants_lse = return_lse is not False and flag("return_lse", return_lse)
+    like = p.caller_query
+    dtype = like.dtype
+    if p.out_code == BFLOAT16 or p.query_code != p.out_code:
+        dtype = result_dtype(dtype)
+    shape = (*like.shape[:-1], p.value.shape[-1])
+    if out is None:
+        if like.flags.c_contiguous or _repeats(like):
+            rows = np.empty(shape, dtype)
+        else:
+            rows = np.empty_like(like, dtype=dtype, shape=shape)
+        p.result = rows
+    else:
+        rows = _given(p, out, shape, dtype)
+    p.out = rows if like is p.query else _as_batch(p, rows)
+    if wants_lse:
+        lse: Array = np.empty(shape[:-1], np.float64 if p.code == FLOAT64 else np.float32)
+        p.lse_result = lse
+        p.lse = lse if like is p.query else _as_batch(p, lse)
+
+
+def _as_batch(p: Problem, rows: Array) -> Array:
+    """Show results that are laid out as the caller's query as those of a batch."""
+    if p.query_starts is None:  # one head: (Lq, Dv), (Lq,)
+        return rows[np.newaxis]
+    rows = rows.swapaxes(0, 1)  # packed: (total, Hq, Dv), (total, Hq)
+    shape, strides = (len(p.query_starts), *rows.shape), (0, *rows.strides)
+    return np.lib.stride_tricks.as_strided(rows, shape, strides, writeable=True)
+
+
+def _given(p: Problem, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Check the caller's `out`; return what the engine writes to instead, or its own memory."""
+    p.result = out
+    if type(out) is not np.ndarray:
+        known = is_tensor(out) or isinstance(out, np.ndarray)
+        if not known or isinstance(out, np.ma.MaskedArray):
+            raise TypeError(f"out must be a NumPy array or a tensor, not {type(out).__name__}")
+        out = as_array("out", out, in_place=True)
+    array: Array = out
+    if array.shape != shape:
+        raise ValueError(f"out has shape {array.shape}: the result's shape is {shape}")
+    if code_of(array.dtype, p.uint16_is_bf16 or dtype is UINT16) & ~SWAPPED != p.out_code:
+        wanted = "bfloat16, or uint16 for its bit patterns" if dtype is UINT16 else dtype
+        raise TypeError(f"out has dtype {named(array.dtype)}: the result's dtype is {wanted}")
+    if not array.flags.writeable:
+        raise ValueError("out is read-only")
+    if _can_be_written_to(p, array):
+        return array
+    p.target = array  # of its own dtype: uint16 and bfloat16 differ for NumPy
+    p.temporary = np.empty(shape, array.dtype.newbyteorder("="))
+    return p.temporary
+
+
+def _can_be_written_to(p: Problem, out: Array) -> bool:
+    """Return whether an engine may write to `out` while it reads the inputs."""
+    if not out.dtype.isnative:
+        return False
+    if not out.flags.c_contiguous and (_repeats(out) or (out.size and _overlaps_itself(out))):
+        return False
+    query = p.caller_query
+    if not _same_memory(out, query) and _may_change(out, query):
+        return False
+    inputs = (p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
+              p.key_lengths, p.key_scales, p.value_scales, p.block_table, p.query_starts,
+              p.query_lengths, p.key_starts)  # fmt: skip
+    return not any([array is not None and _may_change(out, array) for array in inputs])
+
+
+def _repeats(array: Array) -> bool:
+    """Return whether some axis shows the same memory more than once."""
+    return any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True))
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Return whether elements may overlap: never if contiguous in some order of the axes."""
+    if array.flags.c_contiguous or array.flags.f_contiguous:
+        return False
+    reach = array.itemsize
+    for stride, length in sorted((abs(s), n) for s, n in zip(array.strides, array.shape,
+                                                             strict=True) if n > 1):  # fmt: skip
+        if stride < reach:
+            return True
+        reach = stride * (length - 1) + reach
+    return False
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    return (
+        a.shape == b.shape
+        and a.strides == b.strides
+        and a.ctypes.data == b.ctypes.data
+        and a.dtype == b.dtype
+    )
+
+
+def _may_change(out: Array, array: Array) -> bool:
+    """Return whether writing `out` may change what is still to be read of an input.
+
+    A task reads all its queries before it writes their rows, so `out` may be the query itself.
+    """
+    if not np.may_share_memory(out, array):
+        return False
+    try:
+        return bool(np.shares_memory(out, array, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True

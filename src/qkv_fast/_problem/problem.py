@@ -1,0 +1,82 @@
+"""Problem: what an engine computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._dtypes import Array
+
+UNBOUNDED = 1 << 62  # of a window's side
+
+
+class Problem:
+    """What an engine computes: arrays of one layout, and plain numbers.
+
+    A field without a default is set by every call. A default is an attribute of the class, so a
+    field that a call does not need costs it nothing. Any tensor of bfloat16 may be uint16.
+    """
+
+    # (*batch, Hq, Lq, D), (*batch, Hkv, Lk, D), (*batch, Hkv, Lk, Dv); any strides, 0 along an
+    # axis that was broadcast. With a block_table, key and value are (pages, Hkv, page_size, ...).
+    query: Array
+    key: Array
+    value: Array
+
+    # Element types as `_dtypes` numbers them; mask_code is -1 without a mask.
+    query_code: int
+    key_code: int
+    value_code: int
+    mask_code: int = -1
+    out_code: int
+    # What is computed with: the type of all tensors, else float64 if one has it, else float32.
+    code: int
+    # Whether the caller says that uint16 arrays hold bfloat16.
+    uint16_is_bf16: bool = False
+
+    # Keys that a batch entry has at most (Lk), and has: int64, (*batch,).
+    kv_len: int
+    key_lengths: Array | None = None
+
+    # Packed sequences, int64, (batch,): a batch entry's queries (and rows of out and lse) begin at
+    # its query_starts and are query_lengths many; its keys begin at its key_starts.
+    query_starts: Array | None = None
+    query_lengths: Array | None = None
+    key_starts: Array | None = None
+
+    # Pages, int64, (batch, blocks): key j of a batch entry is row j % page_size of page
+    # block_table[entry, j // page_size]. Entries that no query can see may hold anything.
+    block_table: Array | None = None
+    # Factors of int8 rows: float32, of the shape of key and value without the last axis.
+    key_scales: Array | None = None
+    value_scales: Array | None = None
+
+    # score = q·k * scale; then softcap (0.0: none), alibi_slopes (float64, (*batch, Hq)) and
+    # attn_mask (boolean or floating, (*batch, Hq, Lq, Lk)).
+    scale: float
+    softcap: float = 0.0
+    alibi_slopes: Array | None = None
+    attn_mask: Array | None = None
+    # Logits that join the denominator: float64, (Hq,).
+    sinks: Array | None = None
+
+    # Keys position - left to position + right are visible. The first query's position is 0, or
+    # query_offset: int64, (*batch,).
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
+    query_offset: Array | None = None
+
+    num_threads: int
+
+    # Where the engine writes: (*batch, Hq, Lq, Dv) and (*batch, Hq, Lq).
+    out: Array
+    lse: Array | None = None
+
+    # What the caller has and gets, in the layout of the query as it was given: `result` is the
+    # memory of `out`, or the array or tensor that was given; `lse_result` is the memory of `lse`.
+    caller_query: Array
+    result: Any
+    lse_result: Array | None = None
+    # Where the engine can't write to the memory of `result`: what it writes to instead, and that
+    # memory, to which it is copied in the end.
+    temporary: Array | None = None
+    target: Array | None = None

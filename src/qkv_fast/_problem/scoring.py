@@ -1,0 +1,124 @@
+"""What the scores depend on besides the tensors: masks, positions and modifiers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .._dtypes import ACCEPTED, BOOL, code_of, uint16_hint
+from .arguments import as_array, broadcast_to, flag, integer, per_batch, real, real_array, shown
+from .problem import UNBOUNDED, Problem
+
+_MAX_OFFSET = 1 << 61
+
+
+def mask(p: Problem, attn_mask: Any) -> None:
+    """Set the mask."""
+    if attn_mask is None:
+        return
+    array = attn_mask if type(attn_mask) is np.ndarray else as_array("attn_mask", attn_mask)
+    p.mask_code = BOOL if array.dtype == np.bool_ else code_of(array.dtype, p.uint16_is_bf16)
+    if p.mask_code < 0:
+        raise TypeError(
+            f"attn_mask has dtype {array.dtype}: it must be bool (True = may attend) or {ACCEPTED} "
+            f"(added to the scores){uint16_hint(array.dtype)}"
+        )
+    shape = (*p.query.shape[:-1], p.kv_len)
+    cure = ""
+    if len(shape) == 4 and array.shape == (shape[0], shape[-1]):
+        cure = "; pass a padding mask of shape (batch, Lk) as mask[:, None, None]"
+    p.attn_mask = broadcast_to("attn_mask", array, shape, "(*batch, Hq, Lq, Lk)", cure)
+
+
+def no_dropout(dropout_p: Any) -> None:
+    """Raise unless `dropout_p` is 0.0."""
+    if (type(dropout_p) is not float or dropout_p) and real("dropout_p", dropout_p) != 0.0:
+        raise ValueError(
+            f"dropout_p is {dropout_p!r}: it must be 0.0, since this op is for inference"
+        )
+
+
+def scoring(
+    p: Problem,
+    is_causal: Any,
+    scale: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+) -> None:
+    """Set the modifiers of the scores and what a query can see by its position."""
+    if is_causal is not False and flag("is_causal", is_causal):
+        p.right = 0
+    p.scale = 1.0 / math.sqrt(p.query.shape[-1]) if scale is None else real("scale", scale)
+    if query_offset is not None and not (type(query_offset) is int and query_offset == 0):
+        p.query_offset = per_batch(
+            "query_offset", query_offset, p.query.shape[:-3], -_MAX_OFFSET, _MAX_OFFSET
+        )
+    if window is not None:
+        p.left, right = window_sides(window)
+        p.right = min(p.right, right)
+    if softcap is not None:
+        p.softcap = real("softcap", softcap)
+        if not 0.0 < p.softcap < math.inf:
+            raise ValueError(
+                f"softcap is {softcap!r}: it must be positive and finite, or None for no cap"
+            )
+    if alibi_slopes is not None:
+        slopes = real_array("alibi_slopes", alibi_slopes)
+        shape = p.query.shape[:-2]
+        p.alibi_slopes = broadcast_to("alibi_slopes", slopes, shape, "(*batch, Hq)")
+    if sinks is not None:
+        p.sinks = real_array("sinks", sinks)
+        num_heads = p.query.shape[-3]
+        if p.sinks.shape != (num_heads,):
+            raise ValueError(
+                f"sinks has shape {p.sinks.shape}: one logit for each of {num_heads} query heads "
+                f"is needed, ({num_heads},)"
+            )
+
+
+def window_sides(window: Any) -> tuple[int, int]:
+    """Return both sides of a window; UNBOUNDED for none, or for one that is as wide."""
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"window is {shown(window)}: it must be a pair (left, right) of ints or None"
+        ) from None
+    return _window_side("left", left), _window_side("right", right)
+
+
+def _window_side(name: str, given: Any) -> int:
+    if given is None:
+        return UNBOUNDED
+    rule = "it must be at least 0, or None for no bound (which flash-attn writes as -1)"
+    side = integer(f"window's {name} side", given, 0, what="an int or None", rule=rule, bools=True)
+    return min(side, UNBOUNDED)
+
+
+def align_ends(p: Problem) -> None:
+    """Put the last query where the last key is, if a score depends on positions.
+
+    Setting the offsets in vain would cost a third of the time that KVCache.attend spends in Python.
+    """
+    if p.left < UNBOUNDED or p.right < UNBOUNDED or p.alibi_slopes is not None:
+        assert p.key_lengths is not None
+        q_len = p.query.shape[-2] if p.query_lengths is None else p.query_lengths
+        p.query_offset = p.key_lengths - q_len
+
+
+def limit_keys(p: Problem, key_lengths: Any) -> None:
+    """Set how many keys each batch entry has, of those that its tensors hold."""
+    if key_lengths is None:
+        return
+    lengths = per_batch("key_lengths", key_lengths, p.query.shape[:-3], 0, p.kv_len)
+    if p.key_lengths is not None and (lengths > p.key_lengths).any():
+        i = int(np.argmax(lengths > p.key_lengths))
+        raise ValueError(
+            f"key_lengths holds {lengths[i]} for sequence {i}, which has {p.key_lengths[i]} keys"
+        )
+    p.key_lengths = lengths
