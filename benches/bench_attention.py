@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 
 import qkv_fast
-from qkv_fast import _backend
 from qkv_fast.bench.peers import numpy_attention
 from qkv_fast.bench.probes import bfloat16_bits
 from qkv_fast.bench.shapes import SHAPES
 
-FLOAT32 = _backend.available("float32")
-BFLOAT16 = [c for c in _backend.available("bfloat16") if c.tiles == "simd"]
+FLOAT32 = qkv_fast.available_backends("float32")
+BFLOAT16 = [c for c in qkv_fast.available_backends("bfloat16") if c.get("tiles") == "simd"]
 
 
-def identify(choice: _backend.Choice) -> str:
+def identify(choice: dict[str, str]) -> str:
     """Return a choice's name."""
-    return "-".join(filter(None, choice))
+    return "-".join(choice.values())
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -45,6 +44,6 @@ def run(benchmark, note, name, choice, kind, tensors, dtype):
     benchmark.group = name
     options = {"is_causal": SHAPES[name].is_causal, "enable_gqa": True, "dtype": dtype}
     options["out"] = np.empty_like(tensors[0])
-    with qkv_fast.backend(choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"):
+    with qkv_fast.backend(**choice):
         benchmark(qkv_fast.scaled_dot_product_attention, *tensors, **options)
     note(SHAPES[name], identify(choice), kind)

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 import qkv_fast
-from qkv_fast._backend import available
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -270,11 +269,9 @@ def timing_table(layer: Layer) -> str:
     lines = [f"attention of {shape} (batch, heads, tokens, head size)"]
     lines.append(f"{'engine':<22}{'ms':>9}{'speed-up':>10}{'difference':>12}")
     lines.append(f"{'plain NumPy':<22}{reference * 1e3:>9.3f}{1:>9.1f}x{0:>12.0e}")
-    for choice in available():
-        name = " ".join(filter(None, choice))
-        with qkv_fast.backend(
-            choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"
-        ):
+    for choice in qkv_fast.available_backends():
+        name = " ".join(choice.values())
+        with qkv_fast.backend(**choice):
             seconds, result = measure(qkv_fast.scaled_dot_product_attention)
         difference = float(np.abs(result - expected).max())
         lines.append(

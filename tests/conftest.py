@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import qkv_fast
-from qkv_fast import _backend
+from qkv_fast import _dispatch, _loader, _select
 
 settings.register_profile(
     "default",
@@ -21,17 +21,17 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-if _backend.why_not_native():  # test_backend.py sees that warning, in processes of its own
-    _backend._warned = True
+if _loader.why_not_native():  # test_backend.py sees that warning, in processes of its own
+    _dispatch._warned = True
 
-ALL = [_backend.Choice("python")]
-ALL += [_backend.Choice("native", "simd", isa) for isa in _backend.ISAS[1:]]
-ALL += [_backend.Choice("native", "blas", isa) for isa in _backend.ISAS[1:]]
+ALL = [_select.Choice("python")]
+ALL += [_select.Choice("native", "simd", isa) for isa in _select.ISAS[1:]]
+ALL += [_select.Choice("native", "blas", isa) for isa in _select.ISAS[1:]]
 
 
-def forced(choice: _backend.Choice) -> bool:
+def forced(choice: _select.Choice) -> bool:
     """Whether the environment lets this choice be tested: a forced run tests only its own."""
-    engine, tiles, isa = (os.environ.get(name) or "auto" for name in _backend._VARIABLES)
+    engine, tiles, isa = (os.environ.get(name) or "auto" for name in _select.VARIABLES)
     if choice.engine == "python":
         return engine == "python" or (engine, tiles, isa) == ("auto",) * 3
     return engine != "python" and tiles in ("auto", choice.tiles) and isa in ("auto", choice.isa)
@@ -41,12 +41,12 @@ def forced(choice: _backend.Choice) -> bool:
     params=[choice for choice in ALL if forced(choice)],
     ids=lambda choice: "-".join(filter(None, choice)),
 )
-def engine(request: pytest.FixtureRequest) -> Iterator[_backend.Choice]:
+def engine(request: pytest.FixtureRequest) -> Iterator[_select.Choice]:
     choice = request.param
     if choice.engine == "native":
-        if _backend.why_not_native():
-            pytest.skip(f"no native engine: {_backend.why_not_native()}")
-        executable = _backend._native_module().isas()
+        if _loader.why_not_native():
+            pytest.skip(f"no native engine: {_loader.why_not_native()}")
+        executable = _loader.native_module().isas()
         if choice.isa not in executable:
             pytest.skip(f"this CPU lacks {choice.isa}")
     with qkv_fast.backend(choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"):
@@ -61,5 +61,5 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def native() -> None:
     """For tests of what only the compiled engine has."""
-    if _backend.why_not_native() or _backend.current().engine == "python":
+    if _loader.why_not_native() or _select.current().engine == "python":
         pytest.skip("no native engine, or the Python engine was asked for")

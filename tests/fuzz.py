@@ -32,7 +32,7 @@ import numpy as np
 import oracle
 
 import qkv_fast
-from qkv_fast import _backend
+from qkv_fast import _select
 
 try:
     import ml_dtypes
@@ -391,7 +391,7 @@ class Case:
     threads: int = 2
     target: Callable[..., Any] | None = None  # instead of the public function
 
-    def run(self, choices: Sequence[_backend.Choice]) -> Iterator[Difference]:
+    def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
         for memory in self.memories:
             memory.seal()
         if self.truth is None:
@@ -406,7 +406,7 @@ class Case:
                 one = one or bits
 
     def attempt(
-        self, choice: _backend.Choice, threads: int, expected: bytes | None
+        self, choice: _select.Choice, threads: int, expected: bytes | None
     ) -> tuple[str, str, bytes | None]:
         """Call once; return the kind of a difference, its details, and the bits of the answer."""
         assert self.truth is not None
@@ -441,7 +441,7 @@ class Case:
     def call(self, **more: Any) -> Any:
         return call(self.target or getattr(qkv_fast, self.function), self.arguments | more)
 
-    def run_refused(self, choices: Sequence[_backend.Choice]) -> Iterator[Difference]:
+    def run_refused(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
         raised = {}
         for choice in choices:
             what = ""
@@ -501,24 +501,24 @@ def call(function: Callable[..., Any], arguments: Options) -> Any:
 
 
 @contextlib.contextmanager
-def in_force(choice: _backend.Choice) -> Iterator[None]:
+def in_force(choice: _select.Choice) -> Iterator[None]:
     with qkv_fast.backend(choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"):
         yield
 
 
-def label(choice: _backend.Choice) -> str:
+def label(choice: _select.Choice) -> str:
     return "-".join(filter(None, choice))
 
 
-def all_choices() -> list[_backend.Choice]:
+def all_choices() -> list[_select.Choice]:
     """Return each engine, tile kind and ISA that is here, and what is chosen when nobody asks."""
-    choices = _backend.available("bfloat16")
+    choices = _select.available("bfloat16")
     if len(choices) > 1:
-        choices.append(_backend.Choice("native", "auto", "auto"))
+        choices.append(_select.Choice("native", "auto", "auto"))
     return choices
 
 
-def suited(choices: Sequence[_backend.Choice], dtype: str, wide: bool) -> list[_backend.Choice]:
+def suited(choices: Sequence[_select.Choice], dtype: str, wide: bool) -> list[_select.Choice]:
     """Leave out what is the same as another for a dtype; "auto" is of its own for float64 only."""
     some = [c for c in choices if c.tiles != "auto" or wide or len(choices) == 1]
     if dtype != "bfloat16":
@@ -1033,7 +1033,7 @@ class MergeCase:
         if bits:
             self.arguments["dtype"] = "bfloat16"
 
-    def run(self, choices: Sequence[_backend.Choice]) -> Iterator[Difference]:
+    def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
         for memory in self.memories:
             memory.seal()
         try:
@@ -1137,7 +1137,7 @@ class CacheWalk:
     def length(self, i: int) -> int:
         return self.rows[i][0].shape[1]
 
-    def run(self, choices: Sequence[_backend.Choice]) -> Iterator[Difference]:
+    def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
         self.choices = choices
         steps = {"append": 5, "attend": 5, "truncate": 1, "fork": 1, "reorder": 1, "reset": 0.2,
                  "extend": 0.6, "views": 0.6, "wrong": 1.5}  # fmt: skip
@@ -1744,7 +1744,7 @@ def make(seed: int, number: int) -> Any:
 
 
 def differences(
-    seed: int, number: int, choices: Sequence[_backend.Choice]
+    seed: int, number: int, choices: Sequence[_select.Choice]
 ) -> tuple[Any, list[Difference]]:
     """Run one case; return it with what was found."""
     case = make(seed, number)
@@ -1773,7 +1773,7 @@ def by_kind(case: Any, found: list[Difference], choices: int) -> dict[str, str]:
     return kinds
 
 
-def child(arguments: argparse.Namespace, choices: list[_backend.Choice]) -> int:
+def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
     """Run cases one after another; write each number to a file first, each finding as JSON."""
     faulthandler.enable()
     if hasattr(signal, "SIGALRM"):
@@ -1888,7 +1888,7 @@ def again(arguments: argparse.Namespace, number: int) -> str:
     return command + (f" --engines {arguments.engines}" if arguments.engines else "")
 
 
-def run_one(arguments: argparse.Namespace, choices: list[_backend.Choice]) -> int:
+def run_one(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
     faulthandler.enable()
     case = make(arguments.seed, arguments.case)
     if not isinstance(case, CacheWalk):

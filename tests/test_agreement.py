@@ -264,7 +264,7 @@ def test_anything_drawn_at_random(data: st.DataObject):
     allowed = rng.random(mask_shape) > 0.3
     additive = np.where(allowed, rng.standard_normal(mask_shape), -np.inf).astype(np.float32)
     options["attn_mask"] = draw(st.sampled_from([None, allowed, additive]))
-    for choice in qkv_fast._backend.available("bfloat16"):
+    for choice in qkv_fast._select.available("bfloat16"):
         with qkv_fast.backend(
             choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"
         ):

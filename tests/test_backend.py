@@ -14,7 +14,7 @@ import pytest
 from helpers import make, run_python
 
 import qkv_fast
-from qkv_fast import __main__, _backend, _dtypes, _threads
+from qkv_fast import __main__, _dtypes, _loader, _select, _threads
 from qkv_fast import scaled_dot_product_attention as sdpa
 from qkv_fast._problem.output import output
 from qkv_fast._problem.problem import Problem
@@ -22,13 +22,13 @@ from qkv_fast._problem.scoring import scoring
 from qkv_fast._problem.tensors import dense
 
 WHICH = (
-    "import qkv_fast as q; from qkv_fast._backend import current as c; "
+    "import qkv_fast as q; from qkv_fast._select import current as c; "
     "print(*c(), *c('float64'), *c('bfloat16'))"
 )
 
 
 def test_the_environment_chooses(native):
-    engine = _backend._native_module()
+    engine = _loader.native_module()
     best, best16 = engine.best_isa(_dtypes.FLOAT32), engine.best_isa(_dtypes.BFLOAT16)
     for environment, expected in {
         ("QKV_FAST_BACKEND", "python"): ["python  "] * 3,
@@ -43,10 +43,10 @@ def test_the_environment_chooses(native):
 
 
 def test_the_best_isa_runs_and_is_the_weakest_with_its_kernels(native):
-    engine = _backend._native_module()
+    engine = _loader.native_module()
     order = engine.isas()
     assert order[0] == "scalar"
-    assert list(order) == [isa for isa in _backend.ISAS if isa in order]
+    assert list(order) == [isa for isa in _select.ISAS if isa in order]
     single, double, half, brain = (engine.best_isa(code) for code in range(4))
     assert single == double == half  # float16 is computed by the float32 kernels
     assert single in ("scalar", "avx2", "avx512")
@@ -70,15 +70,15 @@ def test_asking_for_an_isa_that_is_not_there_raises(native, monkeypatch):
         def best_isa(code: int) -> str:
             return "scalar"
 
-    monkeypatch.setattr(_backend, "_native", Weak)
-    monkeypatch.setattr(_backend, "_environment", ("auto", "auto", "auto"))
+    monkeypatch.setattr(_loader, "_native", Weak)
+    monkeypatch.setattr(_select, "_environment", ("auto", "auto", "auto"))
     with (
         pytest.raises(RuntimeError, match="'avx512' was asked for"),
         qkv_fast.backend(isa="avx512"),
     ):
         pass
     with qkv_fast.backend("native"):
-        assert _backend.current() == ("native", "simd", "scalar")
+        assert _select.current() == ("native", "simd", "scalar")
 
 
 WITHOUT = """
@@ -135,8 +135,8 @@ def test_float32_needs_no_scipy(native):
 
 def test_openmp_settings_of_the_environment_are_left_alone(native):
     code = (
-        "import os; before = dict(os.environ); import qkv_fast._backend as b\n"
-        "b._load_native(); print(before == dict(os.environ))"
+        "import os; before = dict(os.environ); import qkv_fast._loader as b\n"
+        "b.load_native(); print(before == dict(os.environ))"
     )
     assert run_python(code).stdout.strip() == "True"
     assert run_python(code, GOMP_SPINCOUNT="7").stdout.strip() == "True"
@@ -145,7 +145,7 @@ def test_openmp_settings_of_the_environment_are_left_alone(native):
 def test_show_config(capsys):
     facts = qkv_fast.show_config("dicts")
     assert facts["version"] == qkv_fast.__version__
-    assert facts["engine"] == _backend.current().engine
+    assert facts["engine"] == _select.current().engine
     __main__.main(["info"])
     shown = capsys.readouterr().out
     for name in ("version", "engine", "threads", "blas", "numpy", "platform"):
@@ -253,13 +253,13 @@ def test_blas_gets_no_more_threads_than_there_are_cpus(native, monkeypatch):
     output(problem, None, False, 4)
     busy = np.zeros(4)
     monkeypatch.setattr(_threads, "cpus", lambda: 1)
-    _backend._native_module().run(problem, "blas", "scalar", 0.0, 0.0, busy)
+    _loader.native_module().run(problem, "blas", "scalar", 0.0, 0.0, busy)
     assert busy[0] > 0
     assert not busy[1:].any()
 
 
-def test_every_call_announces_itself_before_it_is_checked(native, monkeypatch):
-    module, x = _backend._native_module(), np.ones((1, 2, 3, 8), np.float32)
+def test_every_call_notifies_the_threads_before_it_is_checked(native, monkeypatch):
+    x = np.ones((1, 2, 3, 8), np.float32)
     cache = qkv_fast.KVCache.from_arrays(x, x, 3)
     calls = (
         lambda q: sdpa(q, x, x),
@@ -269,14 +269,14 @@ def test_every_call_announces_itself_before_it_is_checked(native, monkeypatch):
     )
     for call in calls:
         heard: list[str] = []
-        monkeypatch.setattr(module, "announce", lambda heard=heard: heard.append("call"))
+        monkeypatch.setattr(_loader, "_notify", lambda heard=heard: heard.append("call"))
         call(x)
         assert heard == ["call"]
         with pytest.raises((TypeError, ValueError)):
             call(x.astype(complex))
         assert heard == ["call"] * 2
     monkeypatch.undo()
-    module.announce()  # with no work to follow: the next call finds the threads as ever
+    _loader.notify_call_start()  # with no work to follow: the next call finds the threads as ever
     sdpa(x, x, x)
 
 

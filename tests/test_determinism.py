@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import make
 
-from qkv_fast import _backend
+from qkv_fast import _dispatch, _select
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 OPTIONS = {
@@ -52,9 +52,9 @@ def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, d
     """Nor how many rows there are, as long as tiles are for them, nor its neighbours' keys."""
     if engine.tiles != "simd":
         pytest.skip("neither NumPy's products nor BLAS' promise this")
-    monkeypatch.setattr(_backend, "_runners", {})
-    for name in ("FEW_SHARE", "FEW_SHARE_PAIRS", "FEW_SHARE_CONVERTED"):
-        monkeypatch.setattr(_backend, name, 0.0)
+    monkeypatch.setattr(_dispatch, "_runners", {})
+    for name in ("DECODE_OCCUPANCY", "DECODE_OCCUPANCY_PAIRS", "DECODE_OCCUPANCY_CONVERTED"):
+        monkeypatch.setattr(_select, name, 0.0)
     q, k, v = make(rng, (1, 2, 2, 150, first + 100, 48, 40), dtype)
     options = {"is_causal": True, "window": (left, None)}
     whole = sdpa(q, k, v, query_offset=first, **options)

@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[1]
 MODULES = [
     "bench.shapes",
     "_attention",
-    "_backend",
     "_config",
     "_kv_cache",
+    "_dispatch",
+    "_dtypes",
+    "_loader",
     "_merge",
     "_paged",
     "_problem.arguments",
@@ -28,7 +30,8 @@ MODULES = [
     "_problem.problem",
     "_problem.scoring",
     "_problem.tensors",
-    "_reference",
+    "_python_engine",
+    "_select",
     "_threads",
     "_varlen",
 ]

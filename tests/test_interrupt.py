@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers import run_python
 
-from qkv_fast import _backend
+from qkv_fast import _loader, _select
 
 # (query shape, key shape): calls of a minute and more, all their memory a single element.
 CALLS = {
@@ -46,7 +46,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("tiles", ["simd", "blas"])
 @pytest.mark.parametrize("call", CALLS)
 def test_ctrl_c_ends_a_native_call(native, call, tiles):
-    openmp = _backend._native_module().info()["threading"] != "own pool"
+    openmp = _loader.native_module().info()["threading"] != "own pool"
     if openmp and call == "long tasks":
         pytest.skip("OpenMP's calling thread can't look for signals while it waits for others")
     query, key = CALLS[call]
@@ -84,5 +84,5 @@ print("right")
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
 def test_a_handler_that_returns_lets_the_call_go_on():
     """Even if it attends itself."""
-    done = run_python(HANDLED, **{k: os.environ[k] for k in _backend._VARIABLES if k in os.environ})
+    done = run_python(HANDLED, **{k: os.environ[k] for k in _select.VARIABLES if k in os.environ})
     assert done.stdout.strip() == "right", done.stderr

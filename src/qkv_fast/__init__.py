@@ -17,17 +17,18 @@ The others, by task:
     settings
         threads, set_num_threads, get_num_threads      how many threads a call may use
         backend              which engine and instruction set compute
+        available_backends   what there is to choose from on this machine
         show_config          what is installed and in force, for a bug report
 
 ``help`` of each name has its parameters and an example.
 """
 
 from ._attention import scaled_dot_product_attention
-from ._backend import backend
 from ._config import show_config
 from ._kv_cache import KVCache
 from ._merge import merge_attention
 from ._paged import paged_attention
+from ._select import available_backends, backend
 from ._threads import get_num_threads, set_num_threads, threads
 from ._varlen import varlen_attention
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVCache",
+    "available_backends",
     "backend",
     "get_num_threads",
     "merge_attention",

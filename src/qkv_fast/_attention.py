@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-import numpy as np
-
-from ._backend import announce, dispatch
+from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
 from ._problem.output import output
 from ._problem.problem import Problem
@@ -198,24 +196,15 @@ def scaled_dot_product_attention(
     >>> qkv_fast.scaled_dot_product_attention(q, k, v).round(12)
     array([[3.]])
     """
-    announce()
+    notify_call_start()
     p = Problem()
     dense(p, query, key, value, enable_gqa, dtype)
-    mask(p, attn_mask)
-    no_dropout(dropout_p)
+    if attn_mask is not None:
+        mask(p, attn_mask)
+    if type(dropout_p) is not float or dropout_p:
+        no_dropout(dropout_p)
     scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
-    limit_keys(p, key_lengths)
+    if key_lengths is not None:
+        limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads)
     return solve(p)
-
-
-def solve(problem: Problem) -> Array | tuple[Array, Array]:
-    """Compute a problem with the engine in force; return what the caller gets."""
-    dispatch(problem)
-    result: Array = problem.result
-    if problem.target is not None:
-        assert problem.temporary is not None
-        np.copyto(problem.target, problem.temporary)
-    if problem.lse_result is not None:
-        return result, problem.lse_result
-    return result

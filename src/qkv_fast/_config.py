@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _backend, _threads
+from . import _loader, _select, _threads
 
 
 @overload
@@ -59,17 +59,17 @@ def _facts() -> dict[str, str]:
 
     from . import __version__
 
-    choice = _backend.current()
-    build = _backend.build_facts()
+    choice = _select.current()
+    build = _loader.build_facts()
     facts = {"version": __version__, "engine": choice.engine}
     if choice.engine == "native":
         facts["tiles"] = choice.tiles
         facts["isa"] = choice.isa
-    reason = _backend.why_not_native()
+    reason = _loader.why_not_native()
     if reason:
         facts["native engine"] = f"not available: {reason}"
     else:
-        native = _backend._native_module()
+        native = _loader.native_module()
         info = native.info()
         facts["isas available"] = ", ".join(native.isas())
         facts["threading"] = info["threading"]

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._attention import solve
-from ._backend import announce
+from ._dispatch import notify_call_start, solve
 from ._dtypes import (
     BFLOAT16,
     CODES,
@@ -26,7 +25,7 @@ from ._dtypes import (
 from ._problem.arguments import as_array, integer, integers, shown
 from ._problem.output import output
 from ._problem.problem import UNBOUNDED, Problem
-from ._problem.scoring import align_ends, mask, scoring, window_sides
+from ._problem.scoring import mask, scoring, window_sides
 from ._problem.tensors import cached
 
 Ints = int | Sequence[int] | Array
@@ -415,7 +414,7 @@ class KVCache:
         lse : ndarray, shape (batch, Hq, Lq)
             With `return_lse`.
         """
-        announce()
+        notify_call_start()
         lengths, table = self._lengths, None if self._fixed else self._table
         if sequences is not None:
             chosen = self._chosen(sequences)
@@ -431,9 +430,9 @@ class KVCache:
         p = Problem()
         cached(p, query, self._keys, self._values, self._code, self._key_scales,
                self._value_scales, table, lengths)  # fmt: skip
-        mask(p, attn_mask)
+        if attn_mask is not None:
+            mask(p, attn_mask)
         scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks)
-        align_ends(p)
         output(p, out, return_lse, num_threads)
         return solve(p)
 

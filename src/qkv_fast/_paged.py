@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ._attention import solve
-from ._backend import announce
+from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
 from ._problem.output import output
 from ._problem.problem import Problem
-from ._problem.scoring import align_ends, mask, scoring
+from ._problem.scoring import mask, scoring
 from ._problem.tensors import check_pages, paged
 
 
@@ -115,14 +114,13 @@ def paged_attention(
     >>> bool(np.allclose(out[0], dense))
     True
     """
-    announce()
+    notify_call_start()
     p = Problem()
     paged(p, query, key_pages, value_pages, block_table, key_lengths, key_scales, value_scales,
           enable_gqa, dtype)  # fmt: skip
-    mask(p, attn_mask)
+    if attn_mask is not None:
+        mask(p, attn_mask)
     scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
-    if query_offset is None:
-        align_ends(p)
     output(p, out, return_lse, num_threads)
     check_pages(p)
     return solve(p)

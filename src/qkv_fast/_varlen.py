@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ._attention import solve
-from ._backend import announce
+from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
 from ._problem.output import output
 from ._problem.problem import Problem
-from ._problem.scoring import align_ends, limit_keys, scoring
+from ._problem.scoring import limit_keys, scoring
 from ._problem.tensors import packed
 
 
@@ -113,12 +112,11 @@ def varlen_attention(
     >>> bool((packed[7:].swapaxes(0, 1) == alone).all())
     True
     """
-    announce()
+    notify_call_start()
     p = Problem()
     packed(p, query, key, value, cu_seqlens_q, cu_seqlens_k, enable_gqa, dtype)
     scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
-    if query_offset is None:
-        align_ends(p)
-    limit_keys(p, key_lengths)
+    if key_lengths is not None:
+        limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads)
     return solve(p)

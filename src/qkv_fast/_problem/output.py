@@ -22,7 +22,7 @@ def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
     dtype = like.dtype
     if p.out_code == BFLOAT16 or p.query_code != p.out_code:
         dtype = result_dtype(dtype)
-    shape = (*like.shape[:-1], p.value.shape[-1])
+    shape = like.shape[:-1] + p.value.shape[-1:]
     if out is None:
         if like.flags.c_contiguous or _repeats(like):
             rows = np.empty(shape, dtype)

@@ -16,8 +16,6 @@ _MAX_OFFSET = 1 << 61
 
 def mask(p: Problem, attn_mask: Any) -> None:
     """Set the mask."""
-    if attn_mask is None:
-        return
     array = attn_mask if type(attn_mask) is np.ndarray else as_array("attn_mask", attn_mask)
     p.mask_code = BOOL if array.dtype == np.bool_ else code_of(array.dtype, p.uint16_is_bf16)
     if p.mask_code < 0:
@@ -34,7 +32,7 @@ def mask(p: Problem, attn_mask: Any) -> None:
 
 def no_dropout(dropout_p: Any) -> None:
     """Raise unless `dropout_p` is 0.0."""
-    if (type(dropout_p) is not float or dropout_p) and real("dropout_p", dropout_p) != 0.0:
+    if real("dropout_p", dropout_p) != 0.0:
         raise ValueError(
             f"dropout_p is {dropout_p!r}: it must be 0.0, since this op is for inference"
         )
@@ -50,7 +48,11 @@ def scoring(
     alibi_slopes: Any,
     sinks: Any,
 ) -> None:
-    """Set the modifiers of the scores and what a query can see by its position."""
+    """Set the modifiers of the scores and what a query can see by its position.
+
+    Without a query_offset the last query stands where the last key does, if `p` has key_lengths;
+    else the first query stands at 0.
+    """
     if is_causal is not False and flag("is_causal", is_causal):
         p.right = 0
     p.scale = 1.0 / math.sqrt(p.query.shape[-1]) if scale is None else real("scale", scale)
@@ -79,6 +81,14 @@ def scoring(
                 f"sinks has shape {p.sinks.shape}: one logit for each of {num_heads} query heads "
                 f"is needed, ({num_heads},)"
             )
+    if (
+        query_offset is None
+        and p.key_lengths is not None
+        and (p.left < UNBOUNDED or p.right < UNBOUNDED or alibi_slopes is not None)
+    ):  # in vain, it would cost a third of the time that KVCache.attend spends in Python
+        p.query_offset = p.key_lengths - (
+            p.query.shape[-2] if p.query_lengths is None else p.query_lengths
+        )
 
 
 def window_sides(window: Any) -> tuple[int, int]:
@@ -100,21 +110,8 @@ def _window_side(name: str, given: Any) -> int:
     return min(side, UNBOUNDED)
 
 
-def align_ends(p: Problem) -> None:
-    """Put the last query where the last key is, if a score depends on positions.
-
-    Setting the offsets in vain would cost a third of the time that KVCache.attend spends in Python.
-    """
-    if p.left < UNBOUNDED or p.right < UNBOUNDED or p.alibi_slopes is not None:
-        assert p.key_lengths is not None
-        q_len = p.query.shape[-2] if p.query_lengths is None else p.query_lengths
-        p.query_offset = p.key_lengths - q_len
-
-
 def limit_keys(p: Problem, key_lengths: Any) -> None:
     """Set how many keys each batch entry has, of those that its tensors hold."""
-    if key_lengths is None:
-        return
     lengths = per_batch("key_lengths", key_lengths, p.query.shape[:-3], 0, p.kv_len)
     if p.key_lengths is not None and (lengths > p.key_lengths).any():
         i = int(np.argmax(lengths > p.key_lengths))

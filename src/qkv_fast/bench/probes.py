@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from qkv_fast import _backend
 from qkv_fast._dtypes import BFLOAT16, CODES, Array, bfloat16_bits, quantize, reals
+from qkv_fast._loader import native_module, why_not_native
 from qkv_fast._problem.output import output
 from qkv_fast._problem.problem import Problem
-from qkv_fast._problem.scoring import align_ends, scoring
+from qkv_fast._problem.scoring import scoring
 from qkv_fast._problem.tensors import packed
+from qkv_fast._select import current, decode_occupancy
 
 __all__ = ["bfloat16_bits", "bfloat16_reals", "busy_seconds", "limits", "quantize", "read_once"]
 
@@ -24,9 +25,9 @@ def bfloat16_reals(bits: Array) -> Array:
 
 def limits(dtype: str, threads: int) -> tuple[float, float]:
     """Return the multiply-add peak in GFLOP/s and the read bandwidth in GB/s; 0 without engine."""
-    if _backend.why_not_native():
+    if why_not_native():
         return 0.0, 0.0
-    engine = _backend._native_module()
+    engine = native_module()
     engine.fma_peak(threads, 0.02, CODES[dtype])
     peak: float = engine.fma_peak(threads, 0.08, CODES[dtype])
     return peak, engine.read_bandwidth(threads, 0.08)
@@ -34,7 +35,7 @@ def limits(dtype: str, threads: int) -> tuple[float, float]:
 
 def read_once(arrays: Sequence[Array], threads: int) -> float:
     """Read all bytes of contiguous arrays; return the seconds that it took."""
-    seconds: float = _backend._native_module().read_once(arrays, threads)
+    seconds: float = native_module().read_once(arrays, threads)
     return seconds
 
 
@@ -45,9 +46,8 @@ def busy_seconds(
     p = Problem()
     packed(p, query, key, value, cu_seqlens, None, True, None)
     scoring(p, True, None, None, None, None, None, None)
-    align_ends(p)
     output(p, None, False, threads)
-    choice, busy = _backend.current(), np.zeros(threads)
-    shares = _backend.few_shares(choice, p.code)
-    _backend._native_module().run(p, choice.tiles, choice.isa, *shares, busy)
+    choice, busy = current(), np.zeros(threads)
+    occupancies = decode_occupancy(choice, p.code)
+    native_module().run(p, choice.tiles, choice.isa, *occupancies, busy)
     return p.result, busy
