@@ -8,7 +8,7 @@ import pytest
 from helpers import make, normal, run_python
 
 import qkv_fast
-from qkv_fast import _backend
+from qkv_fast import _loader
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 
@@ -43,7 +43,7 @@ print(out.shape, lse.shape)
 @pytest.mark.parametrize("name", ["native", "python"])
 def test_an_empty_result_of_many_batch_entries_comes_at_once(name):
     """To walk over all of them would take longer than `run_python` waits."""
-    if name == "native" and _backend.why_not_native():
+    if name == "native" and _loader.why_not_native():
         pytest.skip("no native engine")
     done = run_python(EMPTY, QKV_FAST_BACKEND=name)
     assert done.stdout.strip() == "(68719476736, 2, 0, 4) (68719476736, 2, 0)", done.stderr
