@@ -60,10 +60,10 @@ def check_pages(cache: KVCache) -> None:
     table = cache.block_table
     taken = np.unique(table[table >= 0])
     assert len(taken) + cache.free_pages == cache.num_pages
-    assert not set(taken) & set(cache._free)
-    assert len(set(cache._free)) == cache.free_pages
+    assert not set(taken) & set(cache._pool.free)
+    assert len(set(cache._pool.free)) == cache.free_pages
     counts = np.bincount(table[table >= 0], minlength=cache.num_pages)
-    np.testing.assert_array_equal(counts, cache._uses)
+    np.testing.assert_array_equal(counts, cache._pool.uses)
 
 
 SOAKS = [("float32", None, None), ("float32", 1, None), ("float32", 16, None), ("float64", 5, None),
@@ -483,8 +483,8 @@ def test_a_window_wider_than_everything_is_no_bound(engine, rng):
         assert cache.lengths.tolist() == [20, 20]
 
 
-ARRAYS = {"key": "_keys", "value": "_values", "key_scales": "_key_scales",
-          "value_scales": "_value_scales"}  # fmt: skip
+ARRAYS = {"key": "keys", "value": "values", "key_scales": "key_scales",
+          "value_scales": "value_scales"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(ARRAYS))
@@ -496,8 +496,8 @@ def test_read_only_storage_is_refused_before_any_of_it_is_written(name, page_siz
     else:
         cache.truncate([3, 2])
     lengths, table, free = cache.lengths, cache.block_table, cache.free_pages
-    storage = {x: getattr(cache, x).copy() for x in ARRAYS.values()}
-    getattr(cache, ARRAYS[name]).flags.writeable = False
+    storage = {x: getattr(cache._pool, x).copy() for x in ARRAYS.values()}
+    getattr(cache._pool, ARRAYS[name]).flags.writeable = False
     steps = [lambda: cache.append(5 * ONE, 5 * ONE)]
     if page_size is None:
         steps += [lambda: cache.reorder([1, 0]), lambda: cache.fork(0, 1)]
@@ -510,7 +510,7 @@ def test_read_only_storage_is_refused_before_any_of_it_is_written(name, page_siz
         assert cache.free_pages == free
         np.testing.assert_array_equal(cache.block_table, table)
         for x, before in storage.items():
-            np.testing.assert_array_equal(getattr(cache, x), before)
+            np.testing.assert_array_equal(getattr(cache._pool, x), before)
     assert cache.attend(ONE).shape == ONE.shape
     cache.reorder([0, 1])  # which moves nothing
     cache.reset()
@@ -547,12 +547,12 @@ def test_copies_are_independent_and_aligned(rng, duplicate, options):
         other = duplicate(cache)
         assert type(other) is KVCache
         assert repr(other) == repr(cache)
-        for name in ("_keys", "_values", "_key_scales", "_value_scales"):
-            array = getattr(other, name)
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            array = getattr(other._pool, name)
             if array is not None:
                 assert array.ctypes.data % 64 == 0
                 assert array.flags.c_contiguous
-                assert not np.shares_memory(array, getattr(cache, name))
+                assert not np.shares_memory(array, getattr(cache._pool, name))
         np.testing.assert_array_equal(other.attend(q), before)
         other.append(k[:, :, 9:], v[:, :, 9:])
         np.testing.assert_array_equal(cache.lengths, lengths)

@@ -24,6 +24,7 @@ MODULES = [
     "_dtypes",
     "_loader",
     "_merge",
+    "_page_pool",
     "_paged",
     "_problem.arguments",
     "_problem.output",

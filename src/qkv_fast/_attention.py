@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
+from ._options import DenseOptions, Ints, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, mask, no_dropout, scoring
@@ -24,16 +24,8 @@ def scaled_dot_product_attention(
     scale: float | None = ...,
     enable_gqa: bool = ...,
     *,
-    query_offset: int | Sequence[int] | Array = ...,
-    window: tuple[int | None, int | None] | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: Any = ...,
-    sinks: Any = ...,
-    key_lengths: int | Sequence[int] | Array | None = ...,
-    out: Any = ...,
     return_lse: Literal[False] = ...,
-    num_threads: int | None = ...,
-    dtype: Any = ...,
+    **options: Unpack[DenseOptions],
 ) -> Array: ...
 
 
@@ -48,16 +40,8 @@ def scaled_dot_product_attention(
     scale: float | None = ...,
     enable_gqa: bool = ...,
     *,
-    query_offset: int | Sequence[int] | Array = ...,
-    window: tuple[int | None, int | None] | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: Any = ...,
-    sinks: Any = ...,
-    key_lengths: int | Sequence[int] | Array | None = ...,
-    out: Any = ...,
     return_lse: Literal[True],
-    num_threads: int | None = ...,
-    dtype: Any = ...,
+    **options: Unpack[DenseOptions],
 ) -> tuple[Array, Array]: ...
 
 
@@ -71,12 +55,12 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    query_offset: int | Sequence[int] | Array = 0,
-    window: tuple[int | None, int | None] | None = None,
+    query_offset: Ints = 0,
+    window: Window | None = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
-    key_lengths: int | Sequence[int] | Array | None = None,
+    key_lengths: Ints | None = None,
     out: Any = None,
     return_lse: bool = False,
     num_threads: int | None = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from ._dtypes import Array
 from ._loader import native_module, notify_call_start, why_not_native
 from ._problem.problem import Problem
 from ._select import Request, decode_occupancy, from_environment, requested, resolve
@@ -19,7 +19,7 @@ _runners: dict[tuple[Request | None, int], _Runner] = {}
 _warned = False
 
 
-def solve(p: Problem) -> Any:
+def solve(p: Problem) -> Array | tuple[Array, Array]:
     """Compute a problem with the engine in force; return what the caller gets."""
     key = (requested.get(), p.code)
     runner = _runners.get(key)
@@ -29,9 +29,8 @@ def solve(p: Problem) -> Any:
     if p.target is not None:
         assert p.temporary is not None
         np.copyto(p.target, p.temporary)
-    if p.lse_result is not None:
-        return p.result, p.lse_result
-    return p.result
+    result: Array = p.result
+    return result if p.lse_result is None else (result, p.lse_result)
 
 
 def _runner(request: Request | None, code: int) -> _Runner:

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import copy
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
 from ._dispatch import notify_call_start, solve
-from ._dtypes import (
-    BFLOAT16,
-    CODES,
-    INT8,
-    SWAPPED,
-    Array,
-    bfloat16_bits,
-    dtype_name,
-    named,
-    quantize,
-    reals,
-    storage_code,
-)
-from ._problem.arguments import as_array, integer, integers, shown
+from ._dtypes import BFLOAT16, CODES, INT8, SWAPPED, Array, dtype_name, named, storage_code
+from ._options import CacheOptions, Ints, Window
+from ._page_pool import LARGEST, PagePool
+from ._problem.arguments import as_array, indices_of, integer, per_sequence, shown
 from ._problem.output import output
 from ._problem.problem import UNBOUNDED, Problem
 from ._problem.scoring import mask, scoring, window_sides
 from ._problem.tensors import cached
 
-Ints = int | Sequence[int] | Array
-
-_STORED = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
 _NAMES = {code: name for name, code in CODES.items()}
-_LARGEST = np.iinfo(np.intp).max
 WINDOW_PAGE = 64  # keys of a page in window mode, unless told
 
 
@@ -108,91 +93,50 @@ class KVCache:
         num_pages: int | None = None,
         window: int | None = None,
     ) -> None:
-        batch = integer("batch", batch, 0, _LARGEST)
-        num_kv_heads = integer("num_kv_heads", num_kv_heads, 1, _LARGEST)
-        capacity = integer("capacity", capacity, 1, _LARGEST)
-        head_dim = integer("head_dim", head_dim, 1, _LARGEST)
-        v_dim = head_dim if v_dim is None else integer("v_dim", v_dim, 1, _LARGEST)
+        batch = integer("batch", batch, 0, LARGEST)
+        num_kv_heads = integer("num_kv_heads", num_kv_heads, 1, LARGEST)
+        capacity = integer("capacity", capacity, 1, LARGEST)
+        head_dim = integer("head_dim", head_dim, 1, LARGEST)
+        v_dim = head_dim if v_dim is None else integer("v_dim", v_dim, 1, LARGEST)
         window = None if window is None else min(integer("window", window, 0), UNBOUNDED)
+        name = dtype_name(dtype)
         if page_size is None and window is not None:
             page_size = WINDOW_PAGE
-        if page_size is None:
-            if num_pages is not None:
-                raise ValueError(f"num_pages is {shown(num_pages)}, but there is no page_size")
-            self._page_size, pages = capacity, batch
-        else:
-            self._page_size = integer("page_size", page_size, 1, _LARGEST)
-            at_once = capacity if window is None else min(capacity, window + max(window, 512))
-            spare = 0 if window is None else 1  # the window may begin anywhere in a page
-            blocks = min(-(-at_once // self._page_size) + spare, -(-capacity // self._page_size))
-            pages = batch * blocks
-            if num_pages is not None:
-                pages = integer("num_pages", num_pages, 0, _LARGEST)
-        name = dtype_name(dtype)
-        if name not in _STORED:
+        if page_size is not None:
+            page_size = integer("page_size", page_size, 1, LARGEST)
+            num_pages = None if num_pages is None else integer("num_pages", num_pages, 0, LARGEST)
+        elif num_pages is not None:
+            raise ValueError(f"num_pages is {shown(num_pages)}, but there is no page_size")
+        if name not in CODES:
             kind = ValueError if name else TypeError
-            raise kind(f"dtype is {shown(dtype)}: it must be one of {', '.join(_STORED)}")
-        shape = (pages, num_kv_heads, self._page_size)
-        self._keys = _zeros("keys", (*shape, head_dim), _STORED[name])
-        self._values = _zeros("values", (*shape, v_dim), _STORED[name])
-        self._key_scales = self._value_scales = None
-        if name == "int8":
-            self._key_scales = _zeros("key_scales", shape, "f4")
-            self._value_scales = _zeros("value_scales", shape, "f4")
-        self._code = CODES[name]
-        self._set_up(batch, capacity, page_size is None, window)
-
-    _keys: Array
-    _values: Array
-    _key_scales: Array | None
-    _value_scales: Array | None
-
-    def _set_up(self, batch: int, capacity: int, fixed: bool, window: int | None) -> None:
-        """Begin with empty sequences; fixed: sequence i has page i, for good."""
-        self._capacity, self._fixed, self._window = capacity, fixed, window
-        self._lengths = _zeros("lengths", (batch,), "i8")
-        blocks = -(-capacity // self._page_size)
-        self._table = _zeros("block table", (batch, blocks), "i8")
-        self._table[...] = -1
-        self._uses = np.zeros(len(self._keys), np.int64)  # sequences that have a page
-        self._free = list(range(len(self._keys)))[::-1]
-        if fixed:
-            self._table[:, 0] = np.arange(batch)
-            self._uses[:] = 1
-            self._free = []
+            raise kind(f"dtype is {shown(dtype)}: it must be one of {', '.join(CODES)}")
+        sizes = (num_kv_heads, head_dim, v_dim)
+        self._pool = PagePool.allocate(name, batch, sizes, capacity, page_size, num_pages, window)
 
     def __repr__(self) -> str:
-        batch, head_dim, v_dim = len(self._lengths), self._keys.shape[3], self._values.shape[3]
+        pool = self._pool
+        batch, head_dim, v_dim = len(pool.lengths), pool.keys.shape[3], pool.values.shape[3]
         facts = [
             f"batch={batch}",
-            f"num_kv_heads={self._keys.shape[1]}",
-            f"capacity={self._capacity}",
+            f"num_kv_heads={pool.keys.shape[1]}",
+            f"capacity={pool.capacity}",
             f"head_dim={head_dim}",
         ]
         if v_dim != head_dim:
             facts.append(f"v_dim={v_dim}")
-        facts.append(f"dtype={_NAMES[self._code]}")
-        lengths = self._lengths.tolist() if batch <= 8 else self._lengths[:6].tolist()
+        facts.append(f"dtype={_NAMES[pool.code]}")
+        lengths = pool.lengths[: batch if batch <= 8 else 6].tolist()
         facts.append(f"lengths=[{', '.join(map(str, lengths))}{', ...' if batch > 8 else ''}]")
-        if not self._fixed:
-            facts.append(f"page_size={self._page_size}")
+        if not pool.fixed:
+            facts.append(f"page_size={pool.page_size}")
             facts.append(f"free_pages={self.free_pages} of {self.num_pages}")
-        if self._window is not None:
-            facts.append(f"window={self._window}")
+        if pool.window is not None:
+            facts.append(f"window={pool.window}")
         return f"<{type(self).__name__} {', '.join(facts)}>"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a copy of another cache's state: for copy.copy, copy.deepcopy and pickle.
-
-        All memory is new, and aligned as that of any new cache.
-        """
-        self.__dict__.update(state)
-        for name, array in state.items():
-            if isinstance(array, np.ndarray):
-                copied = _zeros(name.lstrip("_"), array.shape, array.dtype)
-                copied[...] = array
-                setattr(self, name, copied)
-        self._free = self._free.copy()
+        """Take over a copy of another cache's storage: for copy.copy, copy.deepcopy and pickle."""
+        self._pool = copy.copy(state["_pool"])
 
     @classmethod
     def from_arrays(
@@ -239,7 +183,7 @@ class KVCache:
         if code != storage_code(value.dtype) or code < 0 or code & SWAPPED:
             raise TypeError(
                 f"key has dtype {named(key.dtype)} and value {named(value.dtype)}: both must be "
-                f"the same one of {', '.join(_STORED)} in native byte order"
+                f"the same one of {', '.join(CODES)} in native byte order"
             )
         scales = []
         for name, given in (("key_scales", key_scales), ("value_scales", value_scales)):
@@ -254,66 +198,65 @@ class KVCache:
             scales.append(array)
         capacity = key.shape[2]
         rule = f"each must be from 0 to the arrays' capacity of {capacity}"
-        number = _counts("lengths", lengths, np.arange(len(key)), capacity, rule)
-        cache = cls.__new__(cls)
+        number = per_sequence("lengths", lengths, np.arange(len(key)), capacity, rule)
         if code == BFLOAT16:  # assigned to ml_dtypes' type, bit patterns would be numbers
             key, value = key.view(np.uint16), value.view(np.uint16)
-        cache._keys, cache._values = key, value
-        cache._key_scales, cache._value_scales = scales
-        cache._code, cache._page_size = code, capacity
-        cache._set_up(len(key), capacity, True, None)
-        cache._lengths[:] = number
+        cache = cls.__new__(cls)
+        cache._pool = PagePool(
+            key, value, scales[0], scales[1], code, len(key), capacity, fixed=True
+        )
+        cache._pool.lengths[:] = number
         return cache
 
     @property
     def lengths(self) -> Array:
         """Tokens of each sequence: int64, (batch,); a copy."""
-        return self._lengths.copy()
+        return self._pool.lengths.copy()
 
     @property
     def capacity(self) -> int:
         """Tokens that a sequence can have."""
-        return self._capacity
+        return self._pool.capacity
 
     @property
     def page_size(self) -> int | None:
         """Tokens of a page; None where storage is in one piece per sequence."""
-        return None if self._fixed else self._page_size
+        return None if self._pool.fixed else self._pool.page_size
 
     @property
     def num_pages(self) -> int:
         """Pages of the pool, taken and free."""
-        return len(self._uses)
+        return len(self._pool.uses)
 
     @property
     def free_pages(self) -> int:
         """Pages that no sequence has."""
-        return len(self._free)
+        return len(self._pool.free)
 
     @property
     def key_pages(self) -> Array:
         """The storage: (pages, Hkv, page_size, D); in one piece, (batch, Hkv, capacity, D)."""
-        return self._keys
+        return self._pool.keys
 
     @property
     def value_pages(self) -> Array:
         """The storage of the values, as `key_pages`."""
-        return self._values
+        return self._pool.values
 
     @property
     def key_scales(self) -> Array | None:
         """The factors of int8 keys, (pages, Hkv, page_size); None for other dtypes."""
-        return self._key_scales
+        return self._pool.key_scales
 
     @property
     def value_scales(self) -> Array | None:
         """The factors of int8 values."""
-        return self._value_scales
+        return self._pool.value_scales
 
     @property
     def block_table(self) -> Array:
         """The pages of each sequence, (batch, blocks), -1 where it has none; a copy."""
-        return self._table.copy()
+        return self._pool.table.copy()
 
     def append(
         self, key: Any, value: Any, *, sequences: Any = None, counts: Ints | None = None
@@ -338,9 +281,9 @@ class KVCache:
         MemoryError
             Too few free pages.
         """
-        chosen = self._chosen(sequences)
+        pool, chosen = self._pool, self._chosen(sequences)
         key, value = as_array("key", key), as_array("value", value)
-        for name, array, pages in (("key", key, self._keys), ("value", value, self._values)):
+        for name, array, pages in (("key", key, pool.keys), ("value", value, pool.values)):
             if array.ndim != 4:
                 raise ValueError(
                     f"{name} has shape {array.shape}, {array.ndim} axes: it must have 4, "
@@ -352,26 +295,43 @@ class KVCache:
                     f"{name} has shape {array.shape}: it must be {expected}, "
                     "(sequences, Hkv, new tokens, head size)"
                 )
-        self._check_writeable()
+        pool.check_writeable()
         new = key.shape[2]
         if counts is None:
-            number = np.full(len(chosen), new)
+            number: Array = np.full(len(chosen), new)
         else:
-            number = _counts("counts", counts, chosen, new, f"each must be from 0 to {new}")
+            number = per_sequence("counts", counts, chosen, new, f"each must be from 0 to {new}")
         given = np.arange(new) < number[:, np.newaxis]  # (sequences, new)
         rows = [x.swapaxes(1, 2)[given] for x in (key, value)]  # (tokens, Hkv, D)
-        stored = [self._stored(name, x) for name, x in zip(("key", "value"), rows, strict=True)]
-        position = (self._lengths[chosen, np.newaxis] + np.arange(new))[given]
-        owner = np.broadcast_to(chosen[:, np.newaxis], given.shape)[given]
-        block, slot = position // self._page_size, position % self._page_size
-        self._grow(chosen, number)
-        page = self._table[owner, block]
-        for pages, scales, (array, factors) in zip(
-            (self._keys, self._values), (self._key_scales, self._value_scales), stored, strict=True
-        ):
-            pages[page, :, slot] = array
-            if scales is not None:
-                scales[page, :, slot] = factors
+        pool.append(
+            chosen,
+            number,
+            [pool.rounded(name, x) for name, x in zip(("key", "value"), rows, strict=True)],
+        )
+
+    @overload
+    def attend(
+        self,
+        query: Any,
+        attn_mask: Any = ...,
+        is_causal: bool = ...,
+        scale: float | None = ...,
+        *,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[CacheOptions],
+    ) -> Array: ...
+
+    @overload
+    def attend(
+        self,
+        query: Any,
+        attn_mask: Any = ...,
+        is_causal: bool = ...,
+        scale: float | None = ...,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[CacheOptions],
+    ) -> tuple[Array, Array]: ...
 
     def attend(
         self,
@@ -381,7 +341,7 @@ class KVCache:
         scale: float | None = None,
         *,
         sequences: Any = None,
-        window: tuple[int | None, int | None] | None = None,
+        window: Window | None = None,
         softcap: float | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
@@ -415,21 +375,22 @@ class KVCache:
             With `return_lse`.
         """
         notify_call_start()
-        lengths, table = self._lengths, None if self._fixed else self._table
+        pool = self._pool
+        lengths, table = pool.lengths, None if pool.fixed else pool.table
         if sequences is not None:
             chosen = self._chosen(sequences)
-            lengths, table = lengths[chosen], self._table[chosen]
-        if self._window is not None:
+            lengths, table = lengths[chosen], pool.table[chosen]
+        if pool.window is not None:
             query = as_array("query", query)
             left, right = (UNBOUNDED, UNBOUNDED) if window is None else window_sides(window)
-            window = (min(left, self._window), right)
+            window = (min(left, pool.window), right)
             q_len = query.shape[2] if query.ndim == 4 else 0
-            self._check_kept(
+            pool.check_kept(
                 self._chosen(sequences), lengths - q_len, lengths, f"query has {q_len} tokens"
             )
         p = Problem()
-        cached(p, query, self._keys, self._values, self._code, self._key_scales,
-               self._value_scales, table, lengths)  # fmt: skip
+        cached(p, query, pool.keys, pool.values, pool.code, pool.key_scales, pool.value_scales,
+               table, lengths)  # fmt: skip
         if attn_mask is not None:
             mask(p, attn_mask)
         scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks)
@@ -447,8 +408,8 @@ class KVCache:
             All by default.
         """
         chosen = self._chosen(sequences)
-        rule = f"each must be from 0 to the cache's capacity of {self._capacity}"
-        self._grow(chosen, _counts("counts", counts, chosen, self._capacity, rule))
+        rule = f"each must be from 0 to the cache's capacity of {self.capacity}"
+        self._pool.grow(chosen, per_sequence("counts", counts, chosen, self.capacity, rule))
 
     def views(self, sequence: int, start: int = 0, stop: int | None = None) -> list[Any]:
         """Return a sequence's storage, to read or to write: no copies.
@@ -473,19 +434,11 @@ class KVCache:
         >>> [keys.shape for keys, values in cache.views(0)]
         [(2, 4, 4), (2, 2, 4)]
         """
-        row = self._sequence("sequence", sequence)
-        length = int(self._lengths[row])
+        pool, row = self._pool, self._sequence("sequence", sequence)
+        length = int(pool.lengths[row])
         stop = length if stop is None else min(integer("stop", stop, 0), length)
         start = integer("start", start, 0)
-        pairs: list[Any] = []
-        while start < stop:
-            page, slot = self._table[row, start // self._page_size], start % self._page_size
-            count = min(self._page_size - slot, stop - start)
-            if page >= 0:
-                some = (page, slice(None), slice(slot, slot + count))
-                pairs.append((self._keys[some], self._values[some]))
-            start += count
-        return pairs
+        return pool.views(row, start, stop)
 
     def truncate(self, lengths: Ints, *, sequences: Any = None) -> None:
         """Drop the last tokens, as when speculated ones are rejected.
@@ -499,23 +452,19 @@ class KVCache:
         """
         chosen = self._chosen(sequences)
         rule = "each must be from 0 to what the sequence has"
-        kept = _counts("lengths", lengths, chosen, self._capacity, rule)
-        have = self._lengths[chosen]
+        kept = per_sequence("lengths", lengths, chosen, self.capacity, rule)
+        have = self._pool.lengths[chosen]
         if (kept > have).any():
             raise ValueError(
                 f"lengths holds {shown(kept.tolist())}: {rule}, {shown(have.tolist())}"
             )
-        self._check_kept(chosen, kept, kept, "lengths are too small")
-        for sequence, length in zip(chosen, kept, strict=True):
-            self._give_back(sequence, -(-int(length) // self._page_size), self._table.shape[1])
-        self._lengths[chosen] = kept
+        self._pool.check_kept(chosen, kept, kept, "lengths are too small")
+        self._pool.shorten(chosen, kept)
 
     def reset(self, *, sequences: Any = None) -> None:
         """Drop all tokens of the sequences, of all by default."""
         chosen = self._chosen(sequences)
-        for sequence in chosen:
-            self._give_back(sequence, 0, self._table.shape[1])
-        self._lengths[chosen] = 0
+        self._pool.shorten(chosen, np.zeros_like(chosen))
 
     def reorder(self, indices: Any) -> None:
         """Let sequence i become what sequence indices[i] was, as after a step of beam search.
@@ -525,14 +474,12 @@ class KVCache:
         indices : ints, shape (batch,)
             Any of the sequences, some perhaps several times. Pages are shared, not copied.
         """
-        index = self._chosen(indices, "indices", repeats=True)
-        if index.shape != self._lengths.shape:
-            raise ValueError(f"indices has length {len(index)}: it must be {len(self._lengths)}")
-        if self._fixed:
-            self._copy(index, np.arange(len(index)), int(self._lengths.max(initial=0)))
-            self._lengths = self._lengths[index]
-        else:
-            self._adopt(self._table[index], self._lengths[index])
+        index = indices_of("indices", indices, len(self._pool.lengths), repeats=True)
+        if len(index) != len(self._pool.lengths):
+            raise ValueError(
+                f"indices has length {len(index)}: it must be {len(self._pool.lengths)}"
+            )
+        self._pool.reorder(index)
 
     def fork(self, source: int, target: int, length: int | None = None) -> None:
         """Let sequence `target` begin with the tokens of `source`, dropping its own.
@@ -546,197 +493,24 @@ class KVCache:
             when one of the two appends to them.
         """
         one, other = self._sequence("source", source), self._sequence("target", target)
-        have = int(self._lengths[one])
+        have = int(self._pool.lengths[one])
         kept = have if length is None else integer("length", length, 0)
         if kept > have:
             raise ValueError(
                 f"length is {shown(kept)}, but sequence {one} has {have} tokens: it must not "
                 "exceed them"
             )
-        self._check_kept(np.array([one]), np.array([kept]), np.array([kept]), "length is too small")
+        self._pool.check_kept(
+            np.array([one]), np.array([kept]), np.array([kept]), "length is too small"
+        )
         if one == other:
             self.truncate(kept, sequences=one)
-        elif self._fixed:
-            self._copy(np.array([one]), np.array([other]), kept)
-            self._lengths[other] = kept
         else:
-            table, lengths = self._table.copy(), self._lengths.copy()
-            table[other] = table[one]
-            table[other, -(-kept // self._page_size) :] = -1
-            lengths[other] = kept
-            self._adopt(table, lengths)
+            self._pool.fork(one, other, kept)
 
-    def _chosen(self, sequences: Any, name: str = "sequences", repeats: bool = False) -> Array:
-        batch = len(self._lengths)
-        if sequences is None:
-            return np.arange(batch)
-        rule = f"each must be from 0 to {batch - 1}"
-        index = integers(name, sequences, "ints", 0, batch - 1, rule)
-        if index.ndim == 0:
-            index = index[np.newaxis]
-        if index.ndim != 1:
-            raise TypeError(f"{name} must be ints along one axis, not of shape {index.shape}")
-        if not repeats and len(np.unique(index)) < len(index):
-            raise ValueError(f"{name} holds {shown(index.tolist())}: none may come twice")
-        return index
+    def _chosen(self, sequences: Any) -> Array:
+        batch = len(self._pool.lengths)
+        return np.arange(batch) if sequences is None else indices_of("sequences", sequences, batch)
 
     def _sequence(self, name: str, given: Any) -> int:
-        return integer(name, given, 0, len(self._lengths) - 1)
-
-    def _check_writeable(self) -> None:
-        """Raise where tokens can't be written, before any of them is."""
-        for name, array in self._storage().items():
-            if not array.flags.writeable:
-                raise ValueError(f"the cache's {name} array is read-only")
-
-    def _storage(self) -> dict[str, Array]:
-        """Return the arrays that hold tokens, by the names that `from_arrays` has for them."""
-        arrays = {"key": self._keys, "value": self._values}
-        if self._key_scales is not None and self._value_scales is not None:
-            arrays |= {"key_scales": self._key_scales, "value_scales": self._value_scales}
-        return arrays
-
-    def _stored(self, name: str, rows: Array) -> tuple[Array, Array | None]:
-        """Round (tokens, Hkv, D) to the cache's dtype; for int8 also return the scales."""
-        code = storage_code(rows.dtype)
-        if code < 0 or code == INT8:
-            raise TypeError(
-                f"{name} has dtype {named(rows.dtype)}: it must be float32, float64, float16 or "
-                "bfloat16"
-            )
-        if code == self._code and code == BFLOAT16:
-            return rows.view(np.uint16), None
-        with np.errstate(over="ignore", under="ignore"):
-            real = reals(rows, code)
-            if self._code == BFLOAT16:
-                return bfloat16_bits(real), None
-            if self._code != INT8:
-                return real.astype(self._keys.dtype), None
-            real = real.astype(np.float32)
-        if not np.isfinite(real).all():
-            raise ValueError(f"{name} holds NaN or infinity, which int8 storage can't")
-        return quantize(real)
-
-    def _grow(self, chosen: Array, counts: Array) -> None:
-        """Take the pages for so many more tokens, and count them; or raise and change nothing."""
-        before = self._lengths[chosen]
-        exceeds = counts > self._capacity - before  # a sum might wrap
-        if exceeds.any():
-            i = int(np.argmax(exceeds))
-            raise ValueError(
-                f"sequence {chosen[i]} has {before[i]} tokens, and {counts[i]} more exceed the "
-                f"cache's capacity of {self._capacity}"
-            )
-        after = before + counts
-        if not self._fixed:
-            self._take_pages(chosen, before, after)
-        self._lengths[chosen] = after
-
-    def _take_pages(self, chosen: Array, before: Array, after: Array) -> None:
-        size = self._page_size
-        growing = after > before
-        uses = self._uses.copy()
-        passed: list[tuple[int, int]] = []  # blocks that the window has left behind
-        if self._window is not None:
-            for sequence, length in zip(chosen[growing], before[growing], strict=True):
-                first = max(0, int(length) - self._window) // size
-                blocks = np.flatnonzero(self._table[sequence, :first] >= 0)
-                passed += [(sequence, int(block)) for block in blocks]
-                np.subtract.at(uses, self._table[sequence, blocks], 1)
-        spare = len(self._free) + int(((uses == 0) & (self._uses > 0)).sum())
-        shared: list[tuple[int, int, int]] = []  # begun pages that others have too
-        wanted = int((-(-after // size) - -(-before // size)).sum())
-        for sequence, length in zip(chosen[growing], before[growing], strict=True):
-            page = self._table[sequence, length // size] if length % size else -1
-            if page >= 0 and uses[page] > 1:
-                uses[page] -= 1
-                shared.append((sequence, int(length // size), int(length % size)))
-        if wanted + len(shared) > spare:
-            raise MemoryError(
-                f"{wanted + len(shared)} pages are needed, but {spare} of {len(uses)} are free"
-            )
-        if shared:
-            self._check_writeable()
-        for sequence, block in passed:
-            self._give_back(sequence, block, block + 1)
-        for sequence, block, count in shared:
-            old, new = self._table[sequence, block], self._free.pop()
-            for array in self._storage().values():
-                array[new, :, :count] = array[old, :, :count]
-            self._uses[old] -= 1
-            self._uses[new] = 1
-            self._table[sequence, block] = new
-        for sequence, old, new in zip(chosen, -(-before // size), -(-after // size), strict=True):
-            for block in range(old, new):
-                page = self._free.pop()
-                self._uses[page] = 1
-                self._table[sequence, block] = page
-
-    def _give_back(self, sequence: int, start: int, stop: int) -> None:
-        """Let go of the pages of a sequence's blocks; those that nobody else has become free."""
-        if self._fixed:
-            return
-        row = self._table[sequence, start:stop]
-        pages = row[row >= 0]
-        self._uses[pages] -= 1
-        self._free += [int(page) for page in pages if self._uses[page] == 0]
-        row[:] = -1
-
-    def _adopt(self, table: Array, lengths: Array) -> None:
-        """Have another table and other lengths; bring uses and free pages up to date."""
-        uses = np.bincount(table[table >= 0], minlength=len(self._uses))
-        freed = np.flatnonzero((self._uses > 0) & (uses == 0)).tolist()
-        self._table, self._lengths, self._uses = table, lengths, uses
-        self._free += freed
-
-    def _copy(self, sources: Array, targets: Array, length: int) -> None:
-        """Copy tokens between sequences in one piece, as if all at once."""
-        moved = sources != targets
-        if not moved.any():
-            return
-        self._check_writeable()
-        arrays = self._storage().values()
-        # All are read before any is written: too little memory for that then changes nothing.
-        tokens = [array[sources[moved], :, :length] for array in arrays]
-        for array, part in zip(arrays, tokens, strict=True):
-            array[targets[moved], :, :length] = part
-
-    def _check_kept(self, chosen: Array, positions: Array, lengths: Array, why: str) -> None:
-        """Raise when queries from these positions on would see keys that were given back."""
-        if self._window is None:
-            return
-        first = np.maximum(0, positions - self._window) // self._page_size
-        for sequence, block, length in zip(chosen, first, lengths, strict=True):
-            if (self._table[sequence, block : -(-length // self._page_size)] < 0).any():
-                raise ValueError(
-                    f"{why}: keys of sequence {sequence} that their window of {self._window} "
-                    "would see have been given back"
-                )
-
-
-def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return zeros that begin where a cache line does: rows of whole lines are read faster."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    try:
-        if size > _LARGEST - 64:
-            raise MemoryError
-        memory = np.zeros(size + 64, np.uint8)
-    except MemoryError:
-        raise MemoryError(
-            f"the cache's {name} of shape {shape} need {size / 2**30:.4g} GiB, which can't be "
-            "allocated"
-        ) from None
-    start = -memory.ctypes.data % 64
-    zeros: Array = memory[start : start + size].view(dtype).reshape(shape)
-    return zeros
-
-
-def _counts(name: str, given: Any, chosen: Array, most: int, rule: str) -> Array:
-    """Return int64 from 0 to `most`, one for each of the chosen sequences."""
-    array = integers(name, given, "an int, or ints for each sequence", 0, most, rule)
-    try:
-        return np.broadcast_to(array, chosen.shape)
-    except ValueError:
-        raise ValueError(
-            f"{name} has shape {array.shape}: one for each of {len(chosen)} sequences is needed"
-        ) from None
+        return integer(name, given, 0, len(self._pool.lengths) - 1)

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
+from ._options import Ints, PagedOptions, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import mask, scoring
 from ._problem.tensors import check_pages, paged
+
+
+@overload
+def paged_attention(
+    query: Any,
+    key_pages: Any,
+    value_pages: Any,
+    block_table: Any,
+    key_lengths: Ints,
+    attn_mask: Any = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[PagedOptions],
+) -> Array: ...
+
+
+@overload
+def paged_attention(
+    query: Any,
+    key_pages: Any,
+    value_pages: Any,
+    block_table: Any,
+    key_lengths: Ints,
+    attn_mask: Any = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PagedOptions],
+) -> tuple[Array, Array]: ...
 
 
 def paged_attention(
@@ -18,14 +52,14 @@ def paged_attention(
     key_pages: Any,
     value_pages: Any,
     block_table: Any,
-    key_lengths: int | Sequence[int] | Array,
+    key_lengths: Ints,
     attn_mask: Any = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = True,
     *,
-    query_offset: int | Sequence[int] | Array | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    query_offset: Ints | None = None,
+    window: Window | None = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,

@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
+from ._options import Ints, VarlenOptions, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, scoring
 from ._problem.tensors import packed
+
+
+@overload
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Sequence[int] | Array,
+    cu_seqlens_k: Sequence[int] | Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[VarlenOptions],
+) -> Array: ...
+
+
+@overload
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Sequence[int] | Array,
+    cu_seqlens_k: Sequence[int] | Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Array, Array]: ...
 
 
 def varlen_attention(
@@ -23,12 +56,12 @@ def varlen_attention(
     scale: float | None = None,
     enable_gqa: bool = True,
     *,
-    query_offset: int | Sequence[int] | Array | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    query_offset: Ints | None = None,
+    window: Window | None = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
-    key_lengths: int | Sequence[int] | Array | None = None,
+    key_lengths: Ints | None = None,
     out: Any = None,
     return_lse: bool = False,
     num_threads: int | None = None,

@@ -154,6 +154,30 @@ def per_batch(name: str, given: Any, batch: tuple[int, ...], least: int, most: i
     return broadcast_to(name, array, batch, "the batch axes")
 
 
+def per_sequence(name: str, given: Any, sequences: Array, most: int, rule: str) -> Array:
+    """Return int64 from 0 to `most`, one for each of the sequences; `rule` is for messages."""
+    array = integers(name, given, "an int, or ints for each sequence", 0, most, rule)
+    try:
+        return np.broadcast_to(array, sequences.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} has shape {array.shape}: one for each of {len(sequences)} sequences is needed"
+        ) from None
+
+
+def indices_of(name: str, given: Any, batch: int, *, repeats: bool = False) -> Array:
+    """Return int64 numbers of sequences, along one axis; none comes twice unless `repeats`."""
+    rule = f"each must be from 0 to {batch - 1}"
+    index = integers(name, given, "ints", 0, batch - 1, rule)
+    if index.ndim == 0:
+        index = index[np.newaxis]
+    if index.ndim != 1:
+        raise TypeError(f"{name} must be ints along one axis, not of shape {index.shape}")
+    if not repeats and len(np.unique(index)) < len(index):
+        raise ValueError(f"{name} holds {shown(index.tolist())}: none may come twice")
+    return index
+
+
 def cumulative(name: str, given: Any, tensor: str, total: int) -> Array:
     """Return cumulative lengths as int64: from 0 to `total`, never falling."""
     what = "ints of shape (sequences + 1,)"

@@ -80,8 +80,8 @@ def packed(
             raise ValueError(
                 f"{name} has shape {array.shape}: it must be (total, heads, head size)"
             )
-    heads_first = [x.transpose(1, 0, 2) for x in (query, key, value)]
-    _check_sizes(*heads_first, enable_gqa)
+    q, k, v = (x.transpose(1, 0, 2) for x in (query, key, value))
+    _check_sizes(q, k, v, enable_gqa)
     starts_q = starts_k = cumulative("cu_seqlens_q", cu_seqlens_q, "query", len(query))
     if cu_seqlens_k is not None:
         starts_k = cumulative("cu_seqlens_k", cu_seqlens_k, "key", len(key))
@@ -97,7 +97,7 @@ def packed(
         )
     batch = len(starts_q) - 1
     p.caller_query = query
-    p.query, p.key, p.value = (np.broadcast_to(x, (batch, *x.shape)) for x in heads_first)
+    p.query, p.key, p.value = (np.broadcast_to(x, (batch, *x.shape)) for x in (q, k, v))
     p.query_starts, p.key_starts = starts_q[:-1], starts_k[:-1]
     p.query_lengths, p.key_lengths = np.diff(starts_q), np.diff(starts_k)
     p.kv_len = int(p.key_lengths.max(initial=0))

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .probes import Array, bfloat16_bits, bfloat16_reals
+from qkv_fast._dtypes import Array
+
+from .probes import bfloat16_bits, bfloat16_reals
 from .shapes import Shape
 
 Run = Callable[[], Any]

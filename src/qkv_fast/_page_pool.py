@@ -1,0 +1,343 @@
+"""The storage of a KVCache: which pages each sequence has, which are shared and which are free."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ._dtypes import (
+    BFLOAT16,
+    CODES,
+    INT8,
+    Array,
+    bfloat16_bits,
+    named,
+    quantize,
+    reals,
+    storage_code,
+)
+
+LARGEST = np.iinfo(np.intp).max
+_STORED = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
+
+
+class PagePool:
+    """Pages of keys and values, and the sequences that have them.
+
+    A sequence takes free pages as it grows and gives them back as it shrinks. Several sequences may
+    share a page; one that appends to a shared page first copies it (copy on write). In a `fixed`
+    pool sequence i has page i, of the length of the whole capacity, for good.
+
+    Attributes
+    ----------
+    keys, values : ndarray, (pages, Hkv, page_size, D) and (pages, Hkv, page_size, Dv)
+    key_scales, value_scales : ndarray of float32, (pages, Hkv, page_size), or None
+        Factors of int8 rows.
+    code : int
+        The element type of keys and values.
+    lengths : ndarray of int64, (batch,)
+        Tokens of each sequence.
+    table : ndarray of int64, (batch, blocks)
+        The page of each page_size tokens of a sequence; -1 where it has none.
+    uses : ndarray of int64, (pages,)
+        How many sequences have a page.
+    free : list of int
+        Pages that no sequence has; the last one is taken first.
+    capacity, page_size : int
+        Tokens that a sequence and a page can have.
+    window : int or None
+        Keys before a new query's position that it sees. Pages before that are given back.
+    """
+
+    def __init__(
+        self,
+        keys: Array,
+        values: Array,
+        key_scales: Array | None,
+        value_scales: Array | None,
+        code: int,
+        batch: int,
+        capacity: int,
+        *,
+        fixed: bool,
+        window: int | None = None,
+    ) -> None:
+        self.keys, self.values = keys, values
+        self.key_scales, self.value_scales = key_scales, value_scales
+        self.code, self.capacity, self.fixed, self.window = code, capacity, fixed, window
+        self.page_size = keys.shape[2]
+        self.lengths = zeros("lengths", (batch,), "i8")
+        self.table = zeros("block table", (batch, -(-capacity // self.page_size)), "i8")
+        self.table[...] = -1
+        self.uses = np.zeros(len(keys), np.int64)
+        self.free = list(range(len(keys)))[::-1]
+        if fixed:
+            self.table[:, 0] = np.arange(batch)
+            self.uses[:] = 1
+            self.free = []
+
+    @classmethod
+    def allocate(
+        cls,
+        dtype: str,
+        batch: int,
+        sizes: tuple[int, int, int],
+        capacity: int,
+        page_size: int | None,
+        num_pages: int | None,
+        window: int | None,
+    ) -> PagePool:
+        """Return a new pool, fixed without a page_size; `sizes` are Hkv, D and Dv.
+
+        The default of num_pages lets all sequences reach their capacity, or with a window append
+        max(window, 512) tokens at a time.
+        """
+        num_kv_heads, head_dim, v_dim = sizes
+        if page_size is None:
+            tokens, pages = capacity, batch
+        else:
+            at_once = capacity if window is None else min(capacity, window + max(window, 512))
+            spare = 0 if window is None else 1  # the window may begin anywhere in a page
+            blocks = min(-(-at_once // page_size) + spare, -(-capacity // page_size))
+            tokens, pages = page_size, batch * blocks if num_pages is None else num_pages
+        shape = (pages, num_kv_heads, tokens)
+        keys = zeros("keys", (*shape, head_dim), _STORED[dtype])
+        values = zeros("values", (*shape, v_dim), _STORED[dtype])
+        key_scales = value_scales = None
+        if dtype == "int8":
+            key_scales = zeros("key_scales", shape, "f4")
+            value_scales = zeros("value_scales", shape, "f4")
+        fixed = page_size is None
+        return cls(keys, values, key_scales, value_scales, CODES[dtype], batch, capacity,
+                   fixed=fixed, window=window)  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy of another pool's state: for copy.copy, copy.deepcopy and pickle.
+
+        All memory is new, and aligned as that of any new pool.
+        """
+        self.__dict__.update(state)
+        for name, array in state.items():
+            if isinstance(array, np.ndarray):
+                copied = zeros(name, array.shape, array.dtype)
+                copied[...] = array
+                setattr(self, name, copied)
+        self.free = self.free.copy()
+
+    def storage(self) -> dict[str, Array]:
+        """Return the arrays that hold tokens, by their names in KVCache.from_arrays."""
+        arrays = {"key": self.keys, "value": self.values}
+        if self.key_scales is not None and self.value_scales is not None:
+            arrays |= {"key_scales": self.key_scales, "value_scales": self.value_scales}
+        return arrays
+
+    def check_writeable(self) -> None:
+        """Raise if tokens can't be written, before any of them is."""
+        for name, array in self.storage().items():
+            if not array.flags.writeable:
+                raise ValueError(f"the cache's {name} array is read-only")
+
+    def rounded(self, name: str, rows: Array) -> tuple[Array, Array | None]:
+        """Round (tokens, Hkv, D) to the pool's element type; for int8 also return the scales."""
+        code = storage_code(rows.dtype)
+        if code < 0 or code == INT8:
+            raise TypeError(
+                f"{name} has dtype {named(rows.dtype)}: it must be float32, float64, float16 or "
+                "bfloat16"
+            )
+        if code == self.code and code == BFLOAT16:
+            return rows.view(np.uint16), None
+        with np.errstate(over="ignore", under="ignore"):
+            real = reals(rows, code)
+            if self.code == BFLOAT16:
+                return bfloat16_bits(real), None
+            if self.code != INT8:
+                return real.astype(self.keys.dtype), None
+            real = real.astype(np.float32)
+        if not np.isfinite(real).all():
+            raise ValueError(f"{name} holds NaN or infinity, which int8 storage can't")
+        return quantize(real)
+
+    def append(
+        self, sequences: Array, counts: Array, stored: list[tuple[Array, Array | None]]
+    ) -> None:
+        """Append so many rounded keys and values to sequences, one sequence after another."""
+        owner = np.repeat(sequences, counts)
+        first = np.repeat(self.lengths[sequences] - (np.cumsum(counts) - counts), counts)
+        position = first + np.arange(len(owner))
+        self.grow(sequences, counts)
+        page, slot = self.table[owner, position // self.page_size], position % self.page_size
+        for pages, scales, (rows, factors) in zip(
+            (self.keys, self.values), (self.key_scales, self.value_scales), stored, strict=True
+        ):
+            pages[page, :, slot] = rows
+            if scales is not None:
+                scales[page, :, slot] = factors
+
+    def grow(self, sequences: Array, counts: Array) -> None:
+        """Take the pages for so many more tokens, and count them; or raise and change nothing."""
+        before = self.lengths[sequences]
+        exceeds = counts > self.capacity - before  # a sum might wrap
+        if exceeds.any():
+            i = int(np.argmax(exceeds))
+            raise ValueError(
+                f"sequence {sequences[i]} has {before[i]} tokens, and {counts[i]} more exceed the "
+                f"cache's capacity of {self.capacity}"
+            )
+        after = before + counts
+        if not self.fixed:
+            self._take_pages(sequences, before, after)
+        self.lengths[sequences] = after
+
+    def _take_pages(self, sequences: Array, before: Array, after: Array) -> None:
+        """Plan all changes first: too few free pages then change nothing."""
+        growing = after > before
+        uses = self.uses.copy()
+        passed = self._passed_blocks(sequences[growing], before[growing], uses)
+        spare = len(self.free) + int(((uses == 0) & (self.uses > 0)).sum())
+        shared = self._shared_blocks(sequences[growing], before[growing], uses)
+        begin, end = -(-before // self.page_size), -(-after // self.page_size)
+        needed = int((end - begin).sum()) + len(shared)
+        if needed > spare:
+            raise MemoryError(f"{needed} pages are needed, but {spare} of {len(uses)} are free")
+        if shared:
+            self.check_writeable()
+        for sequence, block in passed:
+            self.give_back(sequence, block, block + 1)
+        for sequence, block, count in shared:
+            old, new = self.table[sequence, block], self.free.pop()
+            for array in self.storage().values():
+                array[new, :, :count] = array[old, :, :count]
+            self.uses[old] -= 1
+            self.uses[new] = 1
+            self.table[sequence, block] = new
+        for sequence, first, last in zip(sequences, begin, end, strict=True):
+            for block in range(first, last):
+                page = self.free.pop()
+                self.uses[page] = 1
+                self.table[sequence, block] = page
+
+    def _passed_blocks(
+        self, sequences: Array, lengths: Array, uses: Array
+    ) -> list[tuple[int, int]]:
+        """Return the blocks that the window has left behind, and take them out of `uses`."""
+        passed: list[tuple[int, int]] = []
+        if self.window is None:
+            return passed
+        for sequence, length in zip(sequences, lengths, strict=True):
+            first = max(0, int(length) - self.window) // self.page_size
+            blocks = np.flatnonzero(self.table[sequence, :first] >= 0)
+            passed += [(sequence, int(block)) for block in blocks]
+            np.subtract.at(uses, self.table[sequence, blocks], 1)
+        return passed
+
+    def _shared_blocks(
+        self, sequences: Array, lengths: Array, uses: Array
+    ) -> list[tuple[int, int, int]]:
+        """Return begun blocks that others have too, with their tokens; take them out of `uses`."""
+        shared: list[tuple[int, int, int]] = []
+        for sequence, length in zip(sequences, lengths, strict=True):
+            block, count = divmod(int(length), self.page_size)
+            page = self.table[sequence, block] if count else -1
+            if page >= 0 and uses[page] > 1:
+                uses[page] -= 1
+                shared.append((sequence, block, count))
+        return shared
+
+    def give_back(self, sequence: int, start: int, stop: int | None = None) -> None:
+        """Let go of the pages of a sequence's blocks; those that nobody else has become free."""
+        if self.fixed:
+            return
+        row = self.table[sequence, start:stop]
+        pages = row[row >= 0]
+        self.uses[pages] -= 1
+        self.free += [int(page) for page in pages if self.uses[page] == 0]
+        row[:] = -1
+
+    def views(self, sequence: int, start: int, stop: int) -> list[tuple[Array, Array]]:
+        """Return the keys and values of these tokens, as one pair of views for each page."""
+        pairs: list[tuple[Array, Array]] = []
+        while start < stop:
+            page, slot = self.table[sequence, start // self.page_size], start % self.page_size
+            count = min(self.page_size - slot, stop - start)
+            if page >= 0:
+                tokens = (page, slice(None), slice(slot, slot + count))
+                pairs.append((self.keys[tokens], self.values[tokens]))
+            start += count
+        return pairs
+
+    def shorten(self, sequences: Array, lengths: Array) -> None:
+        """Keep so many tokens of each sequence, which it has."""
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.give_back(sequence, -(-int(length) // self.page_size))
+        self.lengths[sequences] = lengths
+
+    def reorder(self, index: Array) -> None:
+        """Let sequence i become what sequence index[i] was."""
+        if self.fixed:
+            self._copy_tokens(index, np.arange(len(index)), int(self.lengths.max(initial=0)))
+            self.lengths = self.lengths[index]
+        else:
+            self._adopt(self.table[index], self.lengths[index])
+
+    def fork(self, source: int, target: int, length: int) -> None:
+        """Let another sequence have the first tokens of `source`, and nothing else."""
+        if self.fixed:
+            self._copy_tokens(np.array([source]), np.array([target]), length)
+            self.lengths[target] = length
+        else:
+            table, lengths = self.table.copy(), self.lengths.copy()
+            table[target] = table[source]
+            table[target, -(-length // self.page_size) :] = -1
+            lengths[target] = length
+            self._adopt(table, lengths)
+
+    def _adopt(self, table: Array, lengths: Array) -> None:
+        """Have another table and other lengths; bring uses and free pages up to date."""
+        uses = np.bincount(table[table >= 0], minlength=len(self.uses))
+        freed = np.flatnonzero((self.uses > 0) & (uses == 0)).tolist()
+        self.table, self.lengths, self.uses = table, lengths, uses
+        self.free += freed
+
+    def _copy_tokens(self, sources: Array, targets: Array, length: int) -> None:
+        """Copy tokens between the sequences of a fixed pool, as if all at once."""
+        moved = sources != targets
+        if not moved.any():
+            return
+        self.check_writeable()
+        arrays = self.storage().values()
+        # All are read before any is written: too little memory for that then changes nothing.
+        tokens = [array[sources[moved], :, :length] for array in arrays]
+        for array, rows in zip(arrays, tokens, strict=True):
+            array[targets[moved], :, :length] = rows
+
+    def check_kept(self, sequences: Array, positions: Array, lengths: Array, why: str) -> None:
+        """Raise if queries from these positions on would see keys that were given back."""
+        if self.window is None:
+            return
+        first = np.maximum(0, positions - self.window) // self.page_size
+        for sequence, block, length in zip(sequences, first, lengths, strict=True):
+            if (self.table[sequence, block : -(-length // self.page_size)] < 0).any():
+                raise ValueError(
+                    f"{why}: keys of sequence {sequence} that their window of {self.window} "
+                    "would see have been given back"
+                )
+
+
+def zeros(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return zeros that begin where a cache line does: rows of whole lines are read faster."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        if size > LARGEST - 64:
+            raise MemoryError
+        memory = np.zeros(size + 64, np.uint8)
+    except MemoryError:
+        raise MemoryError(
+            f"the cache's {name} of shape {shape} need {size / 2**30:.4g} GiB, which can't be "
+            "allocated"
+        ) from None
+    start = -memory.ctypes.data % 64
+    array: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return array
