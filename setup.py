@@ -39,18 +39,19 @@ def extensions():
     # No -march and no -ffast-math: an ISA's flags are in its own csrc/isa file, and flags that
     # change arithmetic would hold for the whole interpreter. Aligned loops: 3 % on AVX2.
     flags = ["-O3", "-falign-loops=64", "-g0", "-std=gnu11", "-fvisibility=hidden"]
-    flags += ["-fopenmp"] * OPENMP
+    names = sorted(Path(pyx).stem for pyx in glob(f"src/{PACKAGE}/_native/*.pyx"))
+    openmp = {name: ["-fopenmp"] * (OPENMP and name == "parallel") for name in names}
     return [
         Extension(
-            f"{PACKAGE}._native.{Path(pyx).stem}",
-            [pyx, *C_SOURCES.get(Path(pyx).stem, [])],
+            f"{PACKAGE}._native.{name}",
+            [f"src/{PACKAGE}/_native/{name}.pyx", *C_SOURCES.get(name, [])],
             depends=glob("csrc/*/*.h"),
             include_dirs=["csrc"],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            extra_compile_args=flags,
-            extra_link_args=["-pthread"] + ["-fopenmp"] * OPENMP,
+            extra_compile_args=flags + openmp[name],
+            extra_link_args=["-pthread", *openmp[name]],
         )
-        for pyx in sorted(glob(f"src/{PACKAGE}/_native/*.pyx"))
+        for name in names
     ]
 
 
