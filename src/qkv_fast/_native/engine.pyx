@@ -100,7 +100,7 @@ cdef int plan_algorithms(Launch *launch, problem, str gemm, str isa, double occu
     if launch.decode_occupancy > 0:
         kernels = table_of(index, QKV_FLOAT64 if is_double else QKV_FLOAT32)
         launch.max_decode_rows = choose_max_decode_rows(prefill, kernels)
-        plan_decode(&launch.decode, problem, kernels, &launch.interrupt)
+        plan_decode(&launch.decode, prefill, kernels)
     return budget
 
 

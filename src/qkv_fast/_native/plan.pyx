@@ -15,7 +15,7 @@ from .tuning cimport (
     shared_keys,
 )
 from .types cimport (
-    Interrupt, Launch, Plan, QueryTile, ScratchLayout, TensorView, is_additive, lanes_per_step,
+    Interrupt, Plan, QueryTile, ScratchLayout, TensorView, is_additive, lanes_per_step,
     round_up, size_of,
 )
 
@@ -24,9 +24,9 @@ cnp.import_array()
 
 # --- Views of the caller's arrays ---------------------------------------------------------------
 
-cdef void view_tensor(TensorView *view, cnp.ndarray array, int type, Py_ssize_t batch_ndim,
-                      int kernel_type) noexcept:
-    """View (*batch, heads, rows, columns); kernels use rows of kernel_type in place."""
+cdef void view_tensor(TensorView *view, cnp.ndarray array, int type,
+                      Py_ssize_t batch_ndim) noexcept:
+    """View (*batch, heads, rows, columns), all but whether it is contiguous."""
     cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
     view.data = <char *>cnp.PyArray_DATA(array)
     view.batch_strides = <const Py_ssize_t *>strides
@@ -34,13 +34,16 @@ cdef void view_tensor(TensorView *view, cnp.ndarray array, int type, Py_ssize_t 
     view.row = strides[batch_ndim + 1]
     view.col = strides[batch_ndim + 2]
     view.type = type
-    view.contiguous = type == kernel_type and has_unit_stride(view, array)
 
 
-cdef bint has_unit_stride(const TensorView *view, cnp.ndarray array) noexcept:
+cdef bint has_unit_stride(const TensorView *view, Py_ssize_t length) noexcept:
     """Return whether the elements of a row lie side by side, as a single one does."""
-    return (view.col == size_of(view.type)
-            or cnp.PyArray_DIMS(array)[cnp.PyArray_NDIM(array) - 1] <= 1)
+    return view.col == size_of(view.type) or length <= 1
+
+
+cdef void set_contiguous(TensorView *view, int kernel_type, Py_ssize_t length) noexcept:
+    """Note whether kernels that use rows of kernel_type can do so in place."""
+    view.contiguous = view.type == kernel_type and has_unit_stride(view, length)
 
 
 cdef void view_numbers(TensorView *view, array, Py_ssize_t batch_ndim) noexcept:
@@ -75,11 +78,10 @@ cdef void limit_to_blas(Plan *plan) noexcept:
     limit_view_to_gemm(&plan.value, plan.v_dim, plan.kernels.real_bytes)
 
 
-cdef void allow_widening(TensorView *view, cnp.ndarray array, int real_bytes) noexcept:
+cdef void allow_widening(TensorView *view, Py_ssize_t length) noexcept:
     """Have rows read in place also of the types that decode kernels widen to float."""
-    if real_bytes == 4 and (view.type == QKV_FLOAT16 or view.type == QKV_BFLOAT16
-                            or view.type == QKV_INT8):
-        view.contiguous = has_unit_stride(view, array)
+    if view.type == QKV_FLOAT16 or view.type == QKV_BFLOAT16 or view.type == QKV_INT8:
+        view.contiguous = has_unit_stride(view, length)
 
 
 cdef bint is_in_place(const Plan *plan) noexcept:
@@ -89,7 +91,7 @@ cdef bint is_in_place(const Plan *plan) noexcept:
 
 # --- A plan: what both algorithms need ----------------------------------------------------------
 
-cdef void set_sizes(Plan *plan, problem) except *:
+cdef int set_sizes(Plan *plan, problem) except -1:
     cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
     cdef Py_ssize_t ndim = cnp.PyArray_NDIM(query) - 3
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(query)
@@ -103,62 +105,65 @@ cdef void set_sizes(Plan *plan, problem) except *:
     plan.v_dim = cnp.PyArray_DIMS(value)[ndim + 2]
     if max(plan.head_dim, plan.v_dim) > (<Py_ssize_t>1 << 40):
         raise MemoryError(f"no memory for tiles of head size {max(plan.head_dim, plan.v_dim)}")
+    return 0
 
 
-cdef void set_views(Plan *plan, problem) except *:
-    cdef cnp.ndarray key = problem.key
+cdef int set_views(Plan *plan, problem) except -1:
+    cdef cnp.ndarray key = problem.key, mask = problem.attn_mask
     cdef Py_ssize_t ndim = plan.batch_ndim
-    cdef int input_type = plan.kernels.input_type
-    cdef int real_type = QKV_FLOAT64 if plan.kernels.real_bytes == 8 else QKV_FLOAT32
-    view_tensor(&plan.query, problem.query, problem.query_code, ndim, input_type)
-    view_tensor(&plan.key, key, problem.key_code, ndim, input_type)
-    view_tensor(&plan.value, problem.value, problem.value_code, ndim, input_type)
-    view_tensor(&plan.out, problem.out, problem.out_code, ndim, real_type)
-    if problem.attn_mask is not None:
-        view_tensor(&plan.mask, problem.attn_mask, problem.mask_code, ndim, real_type)
+    view_tensor(&plan.query, problem.query, problem.query_code, ndim)
+    view_tensor(&plan.key, key, problem.key_code, ndim)
+    view_tensor(&plan.value, problem.value, problem.value_code, ndim)
+    view_tensor(&plan.out, problem.out, problem.out_code, ndim)
+    if mask is not None:
+        view_tensor(&plan.mask, mask, problem.mask_code, ndim)
+        plan.mask_len = cnp.PyArray_DIMS(mask)[ndim + 2]
     view_numbers(&plan.lse, problem.lse, ndim)
     view_numbers(&plan.key_scales, problem.key_scales, ndim)
     view_numbers(&plan.value_scales, problem.value_scales, ndim)
     view_numbers(&plan.query_offset, problem.query_offset, ndim)
-    view_numbers(&plan.query_starts, problem.query_starts, ndim)
-    view_numbers(&plan.query_lengths, problem.query_lengths, ndim)
-    view_numbers(&plan.key_starts, problem.key_starts, ndim)
     view_numbers(&plan.key_lengths, problem.key_lengths, ndim)
     view_numbers(&plan.slopes, problem.alibi_slopes, ndim)
+    if problem.query_starts is not None:
+        view_numbers(&plan.query_starts, problem.query_starts, ndim)
+        view_numbers(&plan.query_lengths, problem.query_lengths, ndim)
+        view_numbers(&plan.key_starts, problem.key_starts, ndim)
     if problem.block_table is not None:
         view_numbers(&plan.block_table, problem.block_table, 1)
         plan.page_size = cnp.PyArray_DIMS(key)[ndim + 1]
+    return 0
 
 
-cdef void set_scoring(Plan *plan, problem) except *:
+cdef int set_scoring(Plan *plan, problem) except -1:
     """Set what turns products into scores; a new modifier's numbers are set here."""
-    cdef cnp.ndarray sinks
-    if problem.sinks is not None:
-        sinks = problem.sinks
+    cdef cnp.ndarray sinks = problem.sinks
+    if sinks is not None:
         plan.sinks = <const double *>cnp.PyArray_DATA(sinks)
     plan.softcap = problem.softcap
     plan.has_modifiers = plan.softcap != 0 or plan.slopes.data != NULL or is_additive(plan)
-    plan.query_scale = problem.scale * M_LOG2E
-    plan.score_scale = 1
-    if plan.kernels.input_type == QKV_BFLOAT16:  # a scaled query would be rounded once more
-        plan.score_scale = abs(plan.query_scale)
-        plan.query_scale = -1 if plan.query_scale < 0 else 1
+    plan.scale = problem.scale
     plan.left = problem.left
     plan.right = problem.right
+    return 0
 
 
-cdef void begin_plan(Plan *plan, problem, const qkv_tile_kernels *kernels,
-                     Interrupt *interrupt) except *:
-    """Fill what does not depend on the algorithm."""
-    memset(plan, 0, sizeof(Plan))
+cdef void set_kernels(Plan *plan, const qkv_tile_kernels *kernels) noexcept:
+    """Set the kernels, and what follows from the types that they use."""
+    cdef int input_type = kernels.input_type
+    cdef int real_type = QKV_FLOAT64 if kernels.real_bytes == 8 else QKV_FLOAT32
     plan.kernels = kernels
-    plan.interrupt = interrupt
-    plan.tiles_per_task = plan.heads_per_task = 1
-    plan.input_bytes = size_of(kernels.input_type)
-    plan.fold_keys = FOLD_KEYS_BFLOAT16 if kernels.input_type == QKV_BFLOAT16 else FOLD_KEYS
-    set_sizes(plan, problem)
-    set_views(plan, problem)
-    set_scoring(plan, problem)
+    plan.input_bytes = size_of(input_type)
+    plan.fold_keys = FOLD_KEYS_BFLOAT16 if input_type == QKV_BFLOAT16 else FOLD_KEYS
+    set_contiguous(&plan.query, input_type, plan.head_dim)
+    set_contiguous(&plan.key, input_type, plan.head_dim)
+    set_contiguous(&plan.value, input_type, plan.v_dim)
+    set_contiguous(&plan.out, real_type, plan.v_dim)
+    set_contiguous(&plan.mask, real_type, plan.mask_len)
+    plan.query_scale = plan.scale * M_LOG2E
+    plan.score_scale = 1
+    if input_type == QKV_BFLOAT16:      # a scaled query would be rounded once more
+        plan.score_scale = abs(plan.query_scale)
+        plan.query_scale = -1 if plan.query_scale < 0 else 1
 
 
 cdef void set_block_k(Plan *plan, Py_ssize_t block_k) noexcept:
@@ -177,11 +182,18 @@ cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
     return BLOCK_K_MATRIX if plan.kernels.row_step > 1 and widest > LARGE else BLOCK_K
 
 
-cdef void plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
-                       Interrupt *interrupt) except *:
+cdef int plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
+                      Interrupt *interrupt) except -1:
     """Fill the plan for query tiles with these kernels, all but its tasks and its scratch."""
-    begin_plan(plan, problem, kernels, interrupt)
+    memset(plan, 0, sizeof(Plan))
+    plan.interrupt = interrupt
+    plan.tiles_per_task = plan.heads_per_task = 1
+    set_sizes(plan, problem)
+    set_views(plan, problem)
+    set_scoring(plan, problem)
+    set_kernels(plan, kernels)
     set_block_k(plan, choose_block_k(plan))
+    return 0
 
 
 cdef void choose_prefill_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads) noexcept:
@@ -231,12 +243,16 @@ cdef Py_ssize_t choose_max_decode_rows(const Plan *prefill,
     return min(rows, lanes_per_step(prefill)) if is_in_place(prefill) else rows
 
 
-cdef void plan_decode(Plan *plan, problem, const qkv_tile_kernels *kernels,
-                      Interrupt *interrupt) except *:
-    """Fill the plan for decode with these kernels, all but its tasks and its scratch."""
-    begin_plan(plan, problem, kernels, interrupt)
-    allow_widening(&plan.key, problem.key, kernels.real_bytes)
-    allow_widening(&plan.value, problem.value, kernels.real_bytes)
+cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *kernels) noexcept:
+    """Fill the plan for decode with these kernels, from prefill's of the same call.
+
+    It lacks its tasks and its scratch yet, as prefill's does.
+    """
+    plan[0] = prefill[0]
+    set_kernels(plan, kernels)
+    if kernels.real_bytes == 4:
+        allow_widening(&plan.key, plan.head_dim)
+        allow_widening(&plan.value, plan.v_dim)
     set_block_k(plan, min(choose_block_k(plan), <Py_ssize_t>(
         BLOCK_K_DECODE_16BIT if size_of(plan.key.type) == 2 else BLOCK_K_DECODE)))
     plan_interleaving(plan)

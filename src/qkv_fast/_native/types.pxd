@@ -72,8 +72,10 @@ cdef struct Plan:
     TensorView key_scales, value_scales
     TensorView query_offset, query_starts, query_lengths, key_starts, key_lengths
     TensorView slopes, block_table
+    Py_ssize_t mask_len                 # of a mask's rows
     Py_ssize_t page_size                # 0: keys are not in pages
     const double *sinks                 # (Hq,) or NULL
+    double scale
     double query_scale, score_scale     # their product is scale * log2(e)
     double softcap                      # 0: none
     bint has_modifiers                  # softcap, ALiBi or an additive mask
