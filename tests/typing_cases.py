@@ -37,8 +37,3 @@ assert_type(cache.attend(x, return_lse=True), Both)
 sdpa(x, x, x, softcap="20")  # type: ignore[call-overload]
 sdpa(x, x, x, soft_cap=20.0)  # type: ignore[call-overload]
 cache.attend(x, query_offset=1)  # type: ignore[call-overload]
-
-
-def of_any_flag(return_lse: bool) -> Array | Both:
-    """A flag that is known at run time only."""
-    return sdpa(x, x, x, return_lse=return_lse)

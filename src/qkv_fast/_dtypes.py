@@ -14,6 +14,7 @@ Array = npt.NDArray[Any]
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16, BOOL, INT8, SWAPPED = 0, 1, 2, 3, 4, 5, 8
 CODES = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16,
          "int8": INT8}  # fmt: skip
+STORED = {FLOAT32: "f4", FLOAT64: "f8", FLOAT16: "f2", BFLOAT16: "u2", INT8: "i1"}
 ACCEPTED = "float32, float64, float16 or bfloat16"  # for messages
 
 # By NumPy's type number; `code_of` adds that of ml_dtypes.bfloat16 when it first meets it.
@@ -117,3 +118,22 @@ def quantize(rows: Array) -> tuple[Array, Array]:
     scales = np.abs(rows).max(axis=-1, initial=0) / np.float32(127)
     safe = np.where(scales == 0, 1, scales)[..., np.newaxis]
     return np.clip(np.rint(rows / safe), -127, 127).astype(np.int8), scales
+
+
+def rounded(name: str, rows: Array, code: int) -> tuple[Array, Array | None]:
+    """Round (..., D) to an element type of storage; for int8 also return the scales."""
+    given = storage_code(rows.dtype)
+    if given < 0 or given == INT8:
+        raise TypeError(f"{name} has dtype {named(rows.dtype)}: it must be {ACCEPTED}")
+    if given == code == BFLOAT16:
+        return rows.view(np.uint16), None
+    with np.errstate(over="ignore", under="ignore"):
+        real = reals(rows, given)
+        if code == BFLOAT16:
+            return bfloat16_bits(real), None
+        if code != INT8:
+            return real.astype(STORED[code]), None
+        real = real.astype(np.float32)
+    if not np.isfinite(real).all():
+        raise ValueError(f"{name} holds NaN or infinity, which int8 storage can't")
+    return quantize(real)

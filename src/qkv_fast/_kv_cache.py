@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 
 from ._dispatch import notify_call_start, solve
-from ._dtypes import BFLOAT16, CODES, INT8, SWAPPED, Array, dtype_name, named, storage_code
+from ._dtypes import CODES, Array, dtype_name, rounded
 from ._options import CacheOptions, Ints, Window
 from ._page_pool import LARGEST, PagePool
 from ._problem.arguments import as_array, indices_of, integer, per_sequence, shown
@@ -114,14 +114,10 @@ class KVCache:
         self._pool = PagePool.allocate(name, batch, sizes, capacity, page_size, num_pages, window)
 
     def __repr__(self) -> str:
-        pool = self._pool
-        batch, head_dim, v_dim = len(pool.lengths), pool.keys.shape[3], pool.values.shape[3]
-        facts = [
-            f"batch={batch}",
-            f"num_kv_heads={pool.keys.shape[1]}",
-            f"capacity={pool.capacity}",
-            f"head_dim={head_dim}",
-        ]
+        pool, batch = self._pool, len(self._pool.lengths)
+        head_dim, v_dim = pool.keys.shape[3], pool.values.shape[3]
+        facts = [f"batch={batch}", f"num_kv_heads={pool.keys.shape[1]}"]
+        facts += [f"capacity={pool.capacity}", f"head_dim={head_dim}"]
         if v_dim != head_dim:
             facts.append(f"v_dim={v_dim}")
         facts.append(f"dtype={_NAMES[pool.code]}")
@@ -136,7 +132,8 @@ class KVCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy of another cache's storage: for copy.copy, copy.deepcopy and pickle."""
-        self._pool = copy.copy(state["_pool"])
+        self.__dict__.update(state)
+        self._pool = copy.copy(self._pool)
 
     @classmethod
     def from_arrays(
@@ -172,40 +169,10 @@ class KVCache:
         >>> own[0, 0, 0, :3, 0]
         array([1., 1., 0.], dtype=float32)
         """
-        key = as_array("key", key, in_place=True)
-        value = as_array("value", value, in_place=True)
-        if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3] or not key.size:
-            raise ValueError(
-                f"key has shape {key.shape} and value {value.shape}: they must be "
-                "(batch, Hkv, capacity, D) and (batch, Hkv, capacity, Dv), none of them 0"
-            )
-        code = storage_code(key.dtype)
-        if code != storage_code(value.dtype) or code < 0 or code & SWAPPED:
-            raise TypeError(
-                f"key has dtype {named(key.dtype)} and value {named(value.dtype)}: both must be "
-                f"the same one of {', '.join(CODES)} in native byte order"
-            )
-        scales = []
-        for name, given in (("key_scales", key_scales), ("value_scales", value_scales)):
-            array = None if given is None else as_array(name, given, in_place=True)
-            if (array is None) == (code == INT8) or (
-                array is not None and (array.shape != key.shape[:3] or array.dtype != np.float32)
-            ):
-                raise ValueError(
-                    f"{name} must be float32 of shape {key.shape[:3]} with int8 arrays, and None "
-                    "otherwise"
-                )
-            scales.append(array)
-        capacity = key.shape[2]
-        rule = f"each must be from 0 to the arrays' capacity of {capacity}"
-        number = per_sequence("lengths", lengths, np.arange(len(key)), capacity, rule)
-        if code == BFLOAT16:  # assigned to ml_dtypes' type, bit patterns would be numbers
-            key, value = key.view(np.uint16), value.view(np.uint16)
         cache = cls.__new__(cls)
-        cache._pool = PagePool(
-            key, value, scales[0], scales[1], code, len(key), capacity, fixed=True
-        )
-        cache._pool.lengths[:] = number
+        cache._pool = pool = PagePool.of_arrays(key, value, key_scales, value_scales)
+        rule = f"each must be from 0 to the arrays' capacity of {pool.capacity}"
+        pool.lengths[:] = per_sequence("lengths", lengths, pool.lengths, pool.capacity, rule)
         return cache
 
     @property
@@ -306,7 +273,7 @@ class KVCache:
         pool.append(
             chosen,
             number,
-            [pool.rounded(name, x) for name, x in zip(("key", "value"), rows, strict=True)],
+            [rounded(name, x, pool.code) for name, x in zip(("key", "value"), rows, strict=True)],
         )
 
     @overload

@@ -7,20 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ._dtypes import (
-    BFLOAT16,
-    CODES,
-    INT8,
-    Array,
-    bfloat16_bits,
-    named,
-    quantize,
-    reals,
-    storage_code,
-)
+from ._dtypes import BFLOAT16, CODES, INT8, STORED, SWAPPED, Array, named, storage_code
+from ._problem.arguments import as_array
 
 LARGEST = np.iinfo(np.intp).max
-_STORED = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
 
 
 class PagePool:
@@ -57,10 +47,10 @@ class PagePool:
         values: Array,
         key_scales: Array | None,
         value_scales: Array | None,
+        *,
         code: int,
         batch: int,
         capacity: int,
-        *,
         fixed: bool,
         window: int | None = None,
     ) -> None:
@@ -103,15 +93,46 @@ class PagePool:
             blocks = min(-(-at_once // page_size) + spare, -(-capacity // page_size))
             tokens, pages = page_size, batch * blocks if num_pages is None else num_pages
         shape = (pages, num_kv_heads, tokens)
-        keys = zeros("keys", (*shape, head_dim), _STORED[dtype])
-        values = zeros("values", (*shape, v_dim), _STORED[dtype])
+        keys = zeros("keys", (*shape, head_dim), STORED[CODES[dtype]])
+        values = zeros("values", (*shape, v_dim), STORED[CODES[dtype]])
         key_scales = value_scales = None
         if dtype == "int8":
             key_scales = zeros("key_scales", shape, "f4")
             value_scales = zeros("value_scales", shape, "f4")
-        fixed = page_size is None
-        return cls(keys, values, key_scales, value_scales, CODES[dtype], batch, capacity,
-                   fixed=fixed, window=window)  # fmt: skip
+        return cls(keys, values, key_scales, value_scales, code=CODES[dtype], batch=batch,
+                   capacity=capacity, fixed=page_size is None, window=window)  # fmt: skip
+
+    @classmethod
+    def of_arrays(cls, key: Any, value: Any, key_scales: Any, value_scales: Any) -> PagePool:
+        """Return a fixed pool whose storage is the given arrays: (batch, Hkv, capacity, ...)."""
+        key = as_array("key", key, in_place=True)
+        value = as_array("value", value, in_place=True)
+        if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3] or not key.size:
+            raise ValueError(
+                f"key has shape {key.shape} and value {value.shape}: they must be "
+                "(batch, Hkv, capacity, D) and (batch, Hkv, capacity, Dv), none of them 0"
+            )
+        code = storage_code(key.dtype)
+        if code != storage_code(value.dtype) or code < 0 or code & SWAPPED:
+            raise TypeError(
+                f"key has dtype {named(key.dtype)} and value {named(value.dtype)}: both must be "
+                f"the same one of {', '.join(CODES)} in native byte order"
+            )
+        scales = []
+        for name, given in (("key_scales", key_scales), ("value_scales", value_scales)):
+            array = None if given is None else as_array(name, given, in_place=True)
+            if (array is None) == (code == INT8) or (
+                array is not None and (array.shape != key.shape[:3] or array.dtype != np.float32)
+            ):
+                raise ValueError(
+                    f"{name} must be float32 of shape {key.shape[:3]} with int8 arrays, and None "
+                    "otherwise"
+                )
+            scales.append(array)
+        if code == BFLOAT16:  # assigned to ml_dtypes' type, bit patterns would be numbers
+            key, value = key.view(np.uint16), value.view(np.uint16)
+        return cls(key, value, *scales, code=code, batch=len(key), capacity=key.shape[2],
+                   fixed=True)  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy of another pool's state: for copy.copy, copy.deepcopy and pickle.
@@ -138,27 +159,6 @@ class PagePool:
         for name, array in self.storage().items():
             if not array.flags.writeable:
                 raise ValueError(f"the cache's {name} array is read-only")
-
-    def rounded(self, name: str, rows: Array) -> tuple[Array, Array | None]:
-        """Round (tokens, Hkv, D) to the pool's element type; for int8 also return the scales."""
-        code = storage_code(rows.dtype)
-        if code < 0 or code == INT8:
-            raise TypeError(
-                f"{name} has dtype {named(rows.dtype)}: it must be float32, float64, float16 or "
-                "bfloat16"
-            )
-        if code == self.code and code == BFLOAT16:
-            return rows.view(np.uint16), None
-        with np.errstate(over="ignore", under="ignore"):
-            real = reals(rows, code)
-            if self.code == BFLOAT16:
-                return bfloat16_bits(real), None
-            if self.code != INT8:
-                return real.astype(self.keys.dtype), None
-            real = real.astype(np.float32)
-        if not np.isfinite(real).all():
-            raise ValueError(f"{name} holds NaN or infinity, which int8 storage can't")
-        return quantize(real)
 
     def append(
         self, sequences: Array, counts: Array, stored: list[tuple[Array, Array | None]]
