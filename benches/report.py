@@ -1,6 +1,6 @@
 """Figures of a comparison as pages: docs/benchmarks.md with plots, docs/decode.md.
 
-``python benches/peers.py --json run.json && python benches/report.py run.json``, and the same with
+``python -m qkv_fast bench --json run.json && python benches/report.py run.json``, and the same with
 ``--shapes decode`` for the second page.
 """
 
@@ -144,7 +144,7 @@ def preface(result: dict[str, Any], title: str) -> list[str]:
     return [
         f"# {title}",
         "",
-        "Written by `benches/report.py` from runs of `benches/peers.py`; do not edit.",
+        "Written by `benches/report.py` from runs of `python -m qkv_fast bench`; do not edit.",
         "",
         f"{machine['date']}, {machine.get('model name', config['platform'])} (family "
         f"{machine.get('cpu family', '?')}, model {machine.get('model', '?')}), "
@@ -199,7 +199,7 @@ def page(result: dict[str, Any], folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("json", help="what benches/peers.py wrote")
+    parser.add_argument("json", help="what python -m qkv_fast bench --json wrote")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     options = parser.parse_args(arguments)
     mpl.rcParams["svg.hashsalt"] = "qkv_fast"

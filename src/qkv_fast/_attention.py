@@ -1,4 +1,4 @@
-"""The public op: its parameters and what they mean. The work is done behind it."""
+"""scaled_dot_product_attention: its parameters and their meaning."""
 
 from __future__ import annotations
 
@@ -117,8 +117,9 @@ def scaled_dot_product_attention(
     num_threads : int, optional
         Threads of this call; see `get_num_threads` for the default.
     dtype : "bfloat16", optional
-        Take uint16 arrays as the bit patterns of bfloat16, which NumPy has no type for, and return
-        such an array: for those who do without ``ml_dtypes``. Tensors need no such word.
+        Take uint16 arrays as the bit patterns of bfloat16, for which NumPy alone has no type, and
+        return the result as one. Arrays of ``ml_dtypes`` and tensors are known to be bfloat16
+        without it.
 
     Returns
     -------
@@ -146,10 +147,9 @@ def scaled_dot_product_attention(
     zeros, and -inf as its lse. An excluded key has no influence, even if it holds NaN.
     Sums are in float32, in float64 for float64.
 
-    A row's result depends on its own inputs, and on how many rows its KV group has; not on the
-    number of threads, nor on the rest of the batch. With ``tiles="blas"`` (see `backend`) threads
-    and batch change nothing either, but a row's last bits may depend on its place among the
-    queries.
+    A row's result depends on its own inputs, and on how many rows its KV group has. It does not
+    depend on the number of threads, nor on the rest of the batch. With ``tiles="blas"`` (see
+    `backend`) a row's last bits may also depend on its place among the queries.
 
     A call that is interrupted (KeyboardInterrupt) leaves `out` undefined.
 

@@ -1,4 +1,4 @@
-"""A cache of keys and values for decoding: in one piece per sequence, or in pages."""
+"""KVCache: its API. What it stores, and in which pages, is in _page_pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._problem.scoring import mask, scoring, window_sides
 from ._problem.tensors import cached
 
 _NAMES = {code: name for name, code in CODES.items()}
-WINDOW_PAGE = 64  # keys of a page in window mode, unless told
+WINDOW_PAGE = 64  # tokens of a page, if there is a window and no page_size
 
 
 class KVCache:
@@ -32,7 +32,8 @@ class KVCache:
     batch, num_kv_heads : int
         Sequences, and key heads of each.
     capacity : int
-        Tokens that a sequence can have. With `window`, all that ever come, not those kept.
+        Tokens that a sequence can have. With `window` it counts all tokens that were appended, not
+        only those that are kept.
     head_dim : int
         Size of a key; `v_dim`, of a value, is the same unless given.
     v_dim : int, optional
@@ -45,9 +46,9 @@ class KVCache:
     num_pages : int, optional
         Size of the pool; by default enough for all sequences at full length.
     window : int, optional
-        A query sees only its own position and so many before it, and pages that no further query
-        can see are given back. Implies pages (of 64 unless `page_size` says otherwise); the
-        default pool then lets each sequence append max(window, 512) tokens at a time.
+        A query sees its own position and the `window` positions before it. Pages that no later
+        query can see are given back. Storage is then in pages, of 64 tokens by default, and the
+        default pool lets each sequence append max(window, 512) tokens at a time.
 
     Raises
     ------
@@ -365,7 +366,7 @@ class KVCache:
         return solve(p)
 
     def extend(self, counts: Ints, *, sequences: Any = None) -> None:
-        """Lengthen sequences by tokens that the caller writes into the storage by himself.
+        """Lengthen sequences by tokens that the caller then writes into the storage.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Merging the attention over parts of the keys into that over all of them."""
+"""merge_attention: the result over all keys from the results over parts of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def merge_attention(
         What it returned with ``return_lse=True``. -inf is an empty part: its output has no
         influence.
     dtype : "bfloat16", optional
-        Take uint16 outputs as the bit patterns of bfloat16, and return such an array.
+        Take uint16 outputs as the bit patterns of bfloat16, and return the result as one.
 
     Returns
     -------

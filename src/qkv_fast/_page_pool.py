@@ -129,7 +129,7 @@ class PagePool:
                     "otherwise"
                 )
             scales.append(array)
-        if code == BFLOAT16:  # assigned to ml_dtypes' type, bit patterns would be numbers
+        if code == BFLOAT16:  # NumPy would convert bit patterns on their way into ml_dtypes' type
             key, value = key.view(np.uint16), value.view(np.uint16)
         return cls(key, value, *scales, code=code, batch=len(key), capacity=key.shape[2],
                    fixed=True)  # fmt: skip
@@ -163,7 +163,7 @@ class PagePool:
     def append(
         self, sequences: Array, counts: Array, stored: list[tuple[Array, Array | None]]
     ) -> None:
-        """Append so many rounded keys and values to sequences, one sequence after another."""
+        """Append rows as `rounded` returns them: `counts` of each sequence, in the order given."""
         owner = np.repeat(sequences, counts)
         first = np.repeat(self.lengths[sequences] - (np.cumsum(counts) - counts), counts)
         position = first + np.arange(len(owner))
@@ -177,7 +177,7 @@ class PagePool:
                 scales[page, :, slot] = factors
 
     def grow(self, sequences: Array, counts: Array) -> None:
-        """Take the pages for so many more tokens, and count them; or raise and change nothing."""
+        """Lengthen sequences by `counts`, with pages for them; or raise and change nothing."""
         before = self.lengths[sequences]
         exceeds = counts > self.capacity - before  # a sum might wrap
         if exceeds.any():
@@ -192,7 +192,7 @@ class PagePool:
         self.lengths[sequences] = after
 
     def _take_pages(self, sequences: Array, before: Array, after: Array) -> None:
-        """Plan all changes first: too few free pages then change nothing."""
+        """Take pages for new tokens; all is planned first, so too few free pages change nothing."""
         growing = after > before
         uses = self.uses.copy()
         passed = self._passed_blocks(sequences[growing], before[growing], uses)
@@ -269,7 +269,7 @@ class PagePool:
         return pairs
 
     def shorten(self, sequences: Array, lengths: Array) -> None:
-        """Keep so many tokens of each sequence, which it has."""
+        """Keep the first tokens of sequences, `lengths` of each, and give back the other pages."""
         for sequence, length in zip(sequences, lengths, strict=True):
             self.give_back(sequence, -(-int(length) // self.page_size))
         self.lengths[sequences] = lengths
@@ -283,7 +283,7 @@ class PagePool:
             self._adopt(self.table[index], self.lengths[index])
 
     def fork(self, source: int, target: int, length: int) -> None:
-        """Let another sequence have the first tokens of `source`, and nothing else."""
+        """Let `target` have the first tokens of `source` in place of its own."""
         if self.fixed:
             self._copy_tokens(np.array([source]), np.array([target]), length)
             self.lengths[target] = length
@@ -295,7 +295,7 @@ class PagePool:
             self._adopt(table, lengths)
 
     def _adopt(self, table: Array, lengths: Array) -> None:
-        """Have another table and other lengths; bring uses and free pages up to date."""
+        """Replace table and lengths, and count uses and free pages anew."""
         uses = np.bincount(table[table >= 0], minlength=len(self.uses))
         freed = np.flatnonzero((self.uses > 0) & (uses == 0)).tolist()
         self.table, self.lengths, self.uses = table, lengths, uses
@@ -308,7 +308,7 @@ class PagePool:
             return
         self.check_writeable()
         arrays = self.storage().values()
-        # All are read before any is written: too little memory for that then changes nothing.
+        # All are read before any is written, so that a MemoryError changes nothing.
         tokens = [array[sources[moved], :, :length] for array in arrays]
         for array, rows in zip(arrays, tokens, strict=True):
             array[targets[moved], :, :length] = rows
@@ -327,7 +327,7 @@ class PagePool:
 
 
 def zeros(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return zeros that begin where a cache line does: rows of whole lines are read faster."""
+    """Return zeros that begin at a cache line: rows of whole lines are read faster."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         if size > LARGEST - 64:

@@ -1,4 +1,4 @@
-"""Attention over keys and values that lie in pages."""
+"""paged_attention: keys and values spread over pages."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def paged_attention(
     num_threads : int, optional
         Threads of this call; see `get_num_threads` for the default.
     dtype : "bfloat16", optional
-        Take uint16 arrays as the bit patterns of bfloat16, and return such an array if query is
-        one.
+        Take uint16 arrays as the bit patterns of bfloat16, and return the result as one if query
+        is.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """Engine "python": the algorithm in NumPy, block by block of queries, to read and to fall back on.
 
-For each block of rows, with the keys that some row of it can see:
+For each block of rows, with the keys that at least one of its rows sees:
 
     scores  = q kᵀ · scale, capped, with ALiBi and the additive mask
     weights = exp(scores - max), 0 where a key is excluded
@@ -18,28 +18,28 @@ import numpy.typing as npt
 from ._dtypes import BFLOAT16, FLOAT64, Array, bfloat16_bits, reals
 from ._problem.problem import UNBOUNDED, Problem
 
-# Scores held at a time: 2 MiB of float32. Each batch entry goes alone, so that its result does
-# not depend on the others. A block takes fewer heads before it takes fewer rows than BLOCK_ROWS:
-# the products of a few rows with many keys are slow, and read all keys again for each block.
+# Scores held at a time: 2 MiB of float32. A block has one batch entry, whose result then does not
+# depend on the others. It takes fewer heads before it takes fewer rows than BLOCK_ROWS, since each
+# block reads all its keys again.
 BLOCK_SCORES = 1 << 19
 BLOCK_ROWS = 64
 BLOCK_KEYS = 4096  # converted at a time, where the inputs are of another type than the scores
-# Values that BLAS sums before the sum goes to float64: a long float32 sum loses digits (of equal
-# values, 1.4e-2 at 2^20 keys).
+# Values that BLAS sums before the sum goes to float64. A long float32 sum loses digits: for 2^20
+# equal values its relative error is 1.4e-2.
 SUM_KEYS = 512
 
 
 def run(problem: Problem) -> None:
     """Compute the problem into its `out` and `lse`."""
     if problem.out.size == 0 and (problem.lse is None or problem.lse.size == 0):
-        return  # there may be many batch entries nevertheless
+        return  # without a loop over batch entries that have nothing to compute
     with np.errstate(all="ignore"):  # infinities and NaN in the data give what the formula gives
         for index in np.ndindex(problem.query.shape[:-3]):
             _run_batch_entry(problem, index)
 
 
 class Rows(NamedTuple):
-    """The keys or the values of a batch entry, wherever they lie."""
+    """The keys or the values of a batch entry, in one piece or in pages."""
 
     array: Array  # (Hkv, rows, D), or (pages, Hkv, page_size, D)
     scales: Array | None  # of that shape without the last axis
@@ -47,15 +47,15 @@ class Rows(NamedTuple):
     blocks: Array | None  # the numbers of the pages, in order
 
     def is_plain(self, real: npt.DTypeLike) -> bool:
-        """Whether reading copies nothing: the rows lie together, as reals."""
+        """Return whether the rows can be read without a copy: in one piece, of the dtype `real`."""
         return self.blocks is None and self.array.dtype == real
 
     def read(self, heads: slice, keys: slice, real: npt.DTypeLike) -> Array:
-        """Return (heads, keys, D) reals."""
-        part = reals(self._take(self.array, heads, keys), self.code, real)
+        """Return (heads, keys, D) of the dtype `real`."""
+        rows = reals(self._take(self.array, heads, keys), self.code, real)
         if self.scales is not None:
-            part = part * self._take(self.scales, heads, keys)[..., np.newaxis].astype(real)
-        return part
+            rows = rows * self._take(self.scales, heads, keys)[..., np.newaxis].astype(real)
+        return rows
 
     def _take(self, array: Array, heads: slice, keys: slice) -> Array:
         if self.blocks is None:
@@ -79,22 +79,22 @@ class Entry(NamedTuple):
     out: Array  # (Hq, q_len, Dv)
     lse: Array | None
     offset: int  # the first query's position
-    visible: int  # keys before key_lengths
+    kv_len: int  # its keys
 
 
 def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
-    def own(array: Array | None, starts: Array | None = None, count: int = 0) -> Any:
-        """Return a batch entry's part; of packed sequences `count` rows from its start on."""
+    def of_entry(array: Array | None, starts: Array | None = None, count: int = 0) -> Any:
+        """Return a batch entry's rows: of packed sequences, `count` from its start on."""
         if array is None or starts is None:
             return None if array is None else array[index]
         return array[index][:, int(starts[index]) : int(starts[index]) + count]
 
     q_len = p.query.shape[-2] if p.query_lengths is None else int(p.query_lengths[index])
-    visible = p.kv_len if p.key_lengths is None else int(p.key_lengths[index])
+    kv_len = p.kv_len if p.key_lengths is None else int(p.key_lengths[index])
     out = p.out.view(np.uint16) if p.out_code == BFLOAT16 else p.out
     if p.block_table is None:
         key, value = (
-            Rows(own(rows, p.key_starts, visible), own(scales), code, None)
+            Rows(of_entry(rows, p.key_starts, kv_len), of_entry(scales), code, None)
             for rows, scales, code in (
                 (p.key, p.key_scales, p.key_code),
                 (p.value, p.value_scales, p.value_code),
@@ -105,22 +105,22 @@ def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
         key = Rows(p.key, p.key_scales, p.key_code, blocks)
         value = Rows(p.value, p.value_scales, p.value_code, blocks)
     return Entry(
-        own(p.query, p.query_starts, q_len),
+        of_entry(p.query, p.query_starts, q_len),
         key,
         value,
-        own(p.attn_mask),
-        own(p.alibi_slopes),
-        own(out, p.query_starts, q_len),
-        own(p.lse, p.query_starts, q_len),
+        of_entry(p.attn_mask),
+        of_entry(p.alibi_slopes),
+        of_entry(out, p.query_starts, q_len),
+        of_entry(p.lse, p.query_starts, q_len),
         0 if p.query_offset is None else int(p.query_offset[index]),
-        visible,
+        kv_len,
     )
 
 
 def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
     entry = _entry(p, index)
     num_heads, q_len, _ = entry.query.shape
-    num_kv_heads, kv_len = p.key.shape[-3], entry.visible
+    num_kv_heads, kv_len = p.key.shape[-3], entry.kv_len
     if num_heads == 0:
         return
     group = num_heads // num_kv_heads
@@ -133,26 +133,73 @@ def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
 
 
 def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slice) -> None:
+    """Compute rows of the query heads of some key heads."""
     real = np.float64 if p.code == FLOAT64 else np.float32
     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-    positions, keys = _reach(p, entry, rows)
+    positions, keys = _visible_keys(p, entry, rows)
+    # (kv heads, group, rows, keys)
+    scores = _products(p, entry, kv_heads, group, rows, keys)
+    scores, allowed = _modified(p, entry, scores, heads, rows, keys, positions)
 
+    lowest = np.finfo(real).min  # instead of -inf: all excluded, or every visible score is -inf
+    row_max = scores.max(axis=-1, keepdims=True, initial=lowest)
+    weights = np.exp(scores - row_max)
+    row_sum = weights.sum(axis=-1, keepdims=True)
+    has_keys = allowed.any(axis=-1, keepdims=True)
+    acc = np.zeros((*scores.shape[:3], p.value.shape[-1]))
+    for block, at in _key_blocks(keys, SUM_KEYS):
+        value = entry.value.read(kv_heads, block, real)
+        acc += _mix(weights[..., at], value, allowed[..., at])
+    if p.sinks is None:
+        result = acc / row_sum
+    else:
+        sinks = p.sinks[heads].reshape(*scores.shape[:2], 1, 1).astype(real)
+        top = np.maximum(row_max, sinks)
+        rescale = np.exp(row_max - top)
+        result = acc * rescale / (row_sum * rescale + np.exp(sinks - top))
+        result = np.where(sinks == np.inf, acc * (row_sum * 0), result)
+    shape = (heads.stop - heads.start, rows.stop - rows.start)
+    result = np.where(has_keys, result, 0).reshape(*shape, -1)
+    entry.out[heads, rows] = bfloat16_bits(result) if p.out_code == BFLOAT16 else result
+    if entry.lse is not None:
+        lse = np.where(has_keys, row_max + np.log(row_sum), -np.inf)
+        entry.lse[heads, rows] = lse.reshape(shape)
+
+
+def _products(
+    p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slice, keys: slice
+) -> Array:
+    """Return q kᵀ, (kv heads, group, rows, keys)."""
+    real = np.float64 if p.code == FLOAT64 else np.float32
+    heads = slice(kv_heads.start * group, kv_heads.stop * group)
     # (kv heads, group · rows, D): the query heads of a group are more rows against its keys.
     query = reals(entry.query[heads, rows], p.query_code, real)
     shape = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
     stacked = query.reshape(shape[0], shape[1] * shape[2], -1)
-    scores = np.empty((*stacked.shape[:2], keys.stop - keys.start), real)
-    at_once = scores.shape[-1] if entry.key.is_plain(real) else BLOCK_KEYS
-    for some, at in _key_blocks(keys, at_once):
-        scores[..., at] = stacked @ entry.key.read(kv_heads, some, real).swapaxes(-1, -2)
-    scores = scores.reshape(*shape, -1)
-    scores *= real(p.scale)
+    products = np.empty((*stacked.shape[:2], keys.stop - keys.start), real)
+    at_once = products.shape[-1] if entry.key.is_plain(real) else BLOCK_KEYS
+    for block, at in _key_blocks(keys, at_once):
+        products[..., at] = stacked @ entry.key.read(kv_heads, block, real).swapaxes(-1, -2)
+    return products.reshape(*shape, -1)
 
+
+def _modified(
+    p: Problem,
+    entry: Entry,
+    scores: Array,
+    heads: slice,
+    rows: slice,
+    keys: slice,
+    positions: Array,
+) -> tuple[Array, Array]:
+    """Return the scores of the softmax, and whether a row may attend to a key."""
+    real = scores.dtype.type
+    scores *= real(p.scale)
     if p.softcap:
         scores = real(p.softcap) * np.tanh(scores / real(p.softcap))
     distance = positions[:, np.newaxis] - np.arange(keys.start, keys.stop)
     if entry.slopes is not None:
-        slopes = entry.slopes[heads].reshape(*shape[:2], 1, 1)
+        slopes = entry.slopes[heads].reshape(*scores.shape[:2], 1, 1)
         scores += (-slopes * np.abs(distance)).astype(real)
     allowed = np.broadcast_to((distance <= p.left) & (-distance <= p.right), scores.shape)
     if entry.mask is not None:
@@ -165,35 +212,12 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
             bias = np.where(np.isfinite(mask), np.clip(mask, -limit, limit), mask)
             scores += bias.astype(real)
             allowed = allowed & (mask != -np.inf)
-    scores = np.where(allowed, scores, -np.inf).astype(real, copy=False)
-
-    lowest = np.finfo(real).min  # instead of -inf: all excluded, or every visible score is -inf
-    row_max = scores.max(axis=-1, keepdims=True, initial=lowest)
-    weights = np.exp(scores - row_max)
-    row_sum = weights.sum(axis=-1, keepdims=True)
-    seen = allowed.any(axis=-1, keepdims=True)
-    acc = np.zeros((*shape, p.value.shape[-1]))
-    for some, at in _key_blocks(keys, SUM_KEYS):
-        part = entry.value.read(kv_heads, some, real)
-        acc += _mix(weights[..., at], part, allowed[..., at])
-    if p.sinks is None:
-        result = acc / row_sum
-    else:
-        sinks = p.sinks[heads].reshape(*shape[:2], 1, 1).astype(real)
-        top = np.maximum(row_max, sinks)
-        decay = np.exp(row_max - top)
-        result = acc * decay / (row_sum * decay + np.exp(sinks - top))
-        result = np.where(sinks == np.inf, acc * (row_sum * 0), result)
-    result = np.where(seen, result, 0).reshape(heads.stop - heads.start, shape[2], -1)
-    entry.out[heads, rows] = bfloat16_bits(result) if p.out_code == BFLOAT16 else result
-    if entry.lse is not None:
-        lse = np.where(seen, row_max + np.log(row_sum), -np.inf)
-        entry.lse[heads, rows] = lse.reshape(heads.stop - heads.start, shape[2])
+    return np.where(allowed, scores, -np.inf).astype(real, copy=False), allowed
 
 
-def _reach(p: Problem, entry: Entry, rows: slice) -> tuple[Array, slice]:
-    """Return the rows' positions, and the slice of keys that some of them can see."""
-    start, stop = 0, entry.visible
+def _visible_keys(p: Problem, entry: Entry, rows: slice) -> tuple[Array, slice]:
+    """Return the positions of the rows, and the slice of keys that at least one row sees."""
+    start, stop = 0, entry.kv_len
     if p.left < UNBOUNDED:
         start = min(stop, max(0, entry.offset + rows.start - p.left))
     if p.right < UNBOUNDED:
@@ -202,7 +226,7 @@ def _reach(p: Problem, entry: Entry, rows: slice) -> tuple[Array, slice]:
 
 
 def _key_blocks(keys: slice, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of so many keys, and where they stand among `keys`."""
+    """Yield slices of `at_once` keys, and where they stand among `keys`."""
     count = keys.stop - keys.start
     for at in range(0, count, max(1, at_once)):
         stop = min(count, at + at_once)
@@ -220,11 +244,11 @@ def _mix(weights: Array, value: Array, allowed: Array) -> Array:
     if allowed.all():
         return (stacked @ value).reshape(acc_shape)
     finite = np.isfinite(value)
-    odd_keys = np.flatnonzero(~finite.all(axis=(0, 2)))
-    clean = np.where(finite, value, 0) if odd_keys.size else value
+    nonfinite_keys = np.flatnonzero(~finite.all(axis=(0, 2)))
+    clean = np.where(finite, value, 0) if nonfinite_keys.size else value
     acc = (stacked @ clean).reshape(acc_shape)
-    for key in odd_keys:
-        odd = np.where(finite[:, key], 0, value[:, key])[:, np.newaxis, np.newaxis]
-        added = weights[..., key, np.newaxis] * odd
-        acc += np.where(allowed[..., key, np.newaxis] & (odd != 0), added, 0)
+    for key in nonfinite_keys:
+        values = np.where(finite[:, key], 0, value[:, key])[:, np.newaxis, np.newaxis]
+        added = weights[..., key, np.newaxis] * values
+        acc += np.where(allowed[..., key, np.newaxis] & (values != 0), added, 0)
     return acc

@@ -22,14 +22,15 @@ ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest firs
 _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
 VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
-# The share of a vector's lanes that a KV group's rows (its query heads times its queries) fill,
-# up to which the decode kernels compute them. Decode takes time for each row, a tile for each
-# vector of rows. At these shares both took the same time in benches/decode.py, with 8 heads and
-# 1024 to 65536 keys of size 128:
+# A KV group's rows are its query heads times its queries. The decode kernels take time for each
+# row, tiles for each vector of rows. So decode computes a group whose rows fill at most a share of
+# a vector's lanes: the share at which both take about the same time. docs/ has the measurements,
+# of 8 heads with 1024 to 65536 keys of size 128.
 #
-#     DECODE_OCCUPANCY              tiles read the keys in place    10 rows of 16, 6 of 8
-#     DECODE_OCCUPANCY_PAIRS        bfloat16, by pairs of elements  from 6 to 10 rows
-#     DECODE_OCCUPANCY_CONVERTED    tiles convert float16 or int8   from 16 to 24 rows
+#     where                                       share    rows of 16 lanes
+#     tiles read the keys in place                0.625    10
+#     the same, bfloat16 multiplied in pairs      0.3       4
+#     tiles convert the keys (float16, int8)      0.875    14
 DECODE_OCCUPANCY = 0.625
 DECODE_OCCUPANCY_PAIRS = 0.3
 DECODE_OCCUPANCY_CONVERTED = 0.875
@@ -61,8 +62,9 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
         it was built.
     tiles : {"auto", "simd", "blas"}
         What computes the native engine's products. "auto" leaves it to ``QKV_FAST_TILES``, else
-        takes the SIMD kernels, whose results do not depend on a row's place among the queries.
-        Those of SciPy's BLAS may, in their last bits; they depend on neither threads nor batch.
+        takes the SIMD kernels. With those a row's result does not depend on its place among the
+        queries. With SciPy's BLAS the last bits of a row may depend on it; neither depends on
+        threads or batch.
     isa : {"auto", "scalar", "avx2", "avx512", "avx512bf16", "amx"}
         The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the fastest for the
         dtype. The last two differ from "avx512" for bfloat16 only.
@@ -151,7 +153,7 @@ def available(dtype: str = "float32") -> list[Choice]:
 
 
 def current(dtype: npt.DTypeLike = "float32") -> Choice:
-    """Return what a call with this dtype would use here and now."""
+    """Return what a call with this dtype would use in this context."""
     if isinstance(dtype, str) and dtype == "bfloat16":  # a name that NumPy alone does not know
         return resolve(requested.get(), BFLOAT16)
     return resolve(requested.get(), code_of(np.dtype(dtype)))
@@ -180,8 +182,8 @@ def resolve(request: Request | None, code: int) -> Choice:
             f"isa {isa!r} was asked for, but this build and CPU have {', '.join(executable)}"
         )
     if tiles == "auto":
-        # A BLAS kernel may round a row otherwise in another place of its tile (OpenBLAS's Haswell
-        # and Zen do), so BLAS is never the default, even where it is faster than the scalar table.
+        # Some BLAS kernels (OpenBLAS's Haswell and Zen) round a row differently at another place in
+        # the tile. So BLAS is never the default, even where it is faster than the scalar kernels.
         tiles = "simd"
     if isa == "auto":
         isa = native.best_isa(code if tiles == "simd" else FLOAT32)
@@ -189,12 +191,11 @@ def resolve(request: Request | None, code: int) -> Choice:
 
 
 def decode_occupancy(choice: Choice, code: int) -> tuple[float, float]:
-    """Return up to which share of a vector's lanes the decode kernels compute a group's rows.
+    """Return the share of a vector's lanes up to which the decode kernels compute a group's rows.
 
-    The first share is for tiles that would read the keys in place, the second for tiles that would
-    convert them.
+    The first share is for keys that tiles read in place, the second for keys that tiles convert.
     """
-    if choice.tiles == "blas":  # never the default: whoever asks for it gets it for all rows
+    if choice.tiles == "blas":  # who asks for BLAS, which is never the default, gets only BLAS
         return 0.0, 0.0
     pairs = code == BFLOAT16 and choice.isa in _BFLOAT16_ONLY
     return DECODE_OCCUPANCY_PAIRS if pairs else DECODE_OCCUPANCY, DECODE_OCCUPANCY_CONVERTED

@@ -43,7 +43,7 @@ def set_num_threads(num_threads: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """Return the number of threads that a call made here and now may use.
+    """Return the number of threads that a call in this context may use.
 
     Returns
     -------
@@ -83,14 +83,14 @@ def threads(num_threads: int) -> Iterator[None]:
 
 
 def source() -> str:
-    """Say where the number of `get_num_threads` comes from."""
+    """Return where the number of `get_num_threads` comes from."""
     if _local.get():
         return "qkv_fast.threads"
     return "qkv_fast.set_num_threads" if _process_wide else default()[1]
 
 
 def default() -> tuple[int, str]:
-    """Return the number of threads when nobody asked for one, and where it comes from."""
+    """Return the number of threads of a call that asks for none, and where it comes from."""
     global _default
     if _default is None:
         _default = _find_default()
@@ -118,7 +118,7 @@ def cpus() -> int:
 def cgroup_quota(
     mount: Path = _MOUNT, membership: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """Return the CPUs' worth of time that the process' cgroups grant, or None when unlimited."""
+    """Return how many CPUs the cgroups of the process grant time of; None if unlimited."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Attention over packed sequences of different lengths."""
+"""varlen_attention: sequences of different lengths, packed one after another."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def varlen_attention(
     num_threads : int, optional
         Threads of this call; see `get_num_threads` for the default.
     dtype : "bfloat16", optional
-        Take uint16 arrays as the bit patterns of bfloat16, and return such an array.
+        Take uint16 arrays as the bit patterns of bfloat16, and return the result as one.
 
     Returns
     -------

@@ -11,7 +11,7 @@ from .._threads import checked, get_num_threads
 from .arguments import as_array, flag, is_tensor
 from .problem import Problem
 
-_OVERLAP_WORK = 10_000  # candidates that the search for overlapping elements may look at
+_OVERLAP_WORK = 10_000  # candidates that np.shares_memory may look at
 
 
 def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:

@@ -47,7 +47,7 @@ class Problem:
     value_code: int
     mask_code: int = -1
     out_code: int
-    # What is computed with: the type of all tensors, else float64 if one has it, else float32.
+    # The type of the arithmetic: that of all tensors, else float64 if one has it, else float32.
     code: int
     # Whether the caller says that uint16 arrays hold bfloat16.
     uint16_is_bf16: bool = False

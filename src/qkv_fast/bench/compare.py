@@ -1,4 +1,4 @@
-"""Every library on the same tensors, each in a process of its own, taking turns.
+"""Measures every library on the same tensors, each in a process of its own, in turns.
 
 Thread pools that spin slow each other tenfold in one process; here the others sleep while one
 runs. In each round every peer has one turn of at least --turn seconds; the figure is the
@@ -48,7 +48,7 @@ def measure(
     for i in range(rounds):
         progress(f"{name} {dtype}: round {i + 1} of {rounds}")
         for peer in ready if i % 2 == 0 else ready[::-1]:
-            time.sleep(0.06)  # the last one's threads go to sleep
+            time.sleep(0.06)  # until the threads of the previous peer sleep
             kind, value = peer.ask("run", turn)
             if kind == "time":
                 times[peer.name].append(value)

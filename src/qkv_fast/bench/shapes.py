@@ -52,7 +52,7 @@ SHAPES = {
     "bert-256": Shape(1, 12, 256, 64),
     "bert-512": Shape(1, 12, 512, 64),
     "bert-128-batch8": Shape(8, 12, 128, 64),
-    # many short sequences, and lengths that no tile likes
+    # many short sequences, and lengths that are no multiple of a tile
     "64x12x16x64": Shape(64, 12, 16, 64),
     "64x12x64x64": Shape(64, 12, 64, 64),
     "8x12x100x64": Shape(8, 12, 100, 64),
@@ -77,8 +77,8 @@ SHAPES = {
 }
 
 
-# Few new tokens against a cache: 32 query heads over 8 key heads of size 128, and over 32. As many
-# sequences as fit in memory five times.
+# 1 to 16 new tokens against a cache, with 32 query heads over 8 key heads of size 128, and over 32.
+# Batches are limited by memory: five peers hold the keys and values at once.
 DECODE = {
     f"decode-{batch}x{kv_len}-q{q_len}": Shape(batch, 32, q_len, 128, False, kv_len, 8)
     for batch in (1, 8, 64)
