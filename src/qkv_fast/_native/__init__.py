@@ -1,5 +1,7 @@
 """Engine "native", in Cython over the C kernels of csrc/. Imports point down only.
 
+Each module stands below those that import it:
+
     engine          run(): a call, and its scratch
       plan          Problem -> Plan: views, block sizes, tasks, scratch layout
       schedule      batch entries -> tasks
