@@ -1,4 +1,6 @@
-"""Engine "native", in Cython over the C kernels of csrc/. Imports point down only.
+"""Engine "native", in Cython over the C kernels of csrc/.
+
+Imports point down only:
 
 Each module stands below those that import it:
 
@@ -14,6 +16,8 @@ Each module stands below those that import it:
       parallel      threads and signals
       isa, blas     kernel tables: SIMD's, and those with SciPy's GEMM
     probes          what the machine can do at most, for benchmarks
+
+Declarations that all of them share:
 
     types.pxd       the structures that these hand to each other
     tuning.pxd      every tuned number, with the benchmark that chose it

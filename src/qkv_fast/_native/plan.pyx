@@ -249,6 +249,7 @@ cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *k
     It lacks its tasks and its scratch yet, as prefill's does.
     """
     plan[0] = prefill[0]
+    plan.fixed_nvec = 0
     set_kernels(plan, kernels)
     if kernels.real_bytes == 4:
         allow_widening(&plan.key, plan.head_dim)
