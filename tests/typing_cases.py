@@ -34,6 +34,10 @@ assert_type(cache.attend(x), Array)
 assert_type(cache.attend(x, None, True, sequences=[0], num_threads=1), Array)
 assert_type(cache.attend(x, return_lse=True), Both)
 
+either = bool(x.any())  # known when it runs
+assert_type(sdpa(x, x, x, return_lse=either), Array | Both)
+assert_type(cache.attend(x, return_lse=either), Array | Both)
+
 sdpa(x, x, x, softcap="20")  # type: ignore[call-overload]
 sdpa(x, x, x, soft_cap=20.0)  # type: ignore[call-overload]
 cache.attend(x, query_offset=1)  # type: ignore[call-overload]

@@ -45,6 +45,22 @@ def scaled_dot_product_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: bool = ...,
+    **options: Unpack[DenseOptions],
+) -> Array | tuple[Array, Array]: ...
+
+
 def scaled_dot_product_attention(
     query: Any,
     key: Any,

@@ -301,6 +301,18 @@ class KVCache:
         **options: Unpack[CacheOptions],
     ) -> tuple[Array, Array]: ...
 
+    @overload
+    def attend(
+        self,
+        query: Any,
+        attn_mask: Any = ...,
+        is_causal: bool = ...,
+        scale: float | None = ...,
+        *,
+        return_lse: bool = ...,
+        **options: Unpack[CacheOptions],
+    ) -> Array | tuple[Array, Array]: ...
+
     def attend(
         self,
         query: Any,

@@ -47,6 +47,23 @@ def paged_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def paged_attention(
+    query: Any,
+    key_pages: Any,
+    value_pages: Any,
+    block_table: Any,
+    key_lengths: Ints,
+    attn_mask: Any = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: bool = ...,
+    **options: Unpack[PagedOptions],
+) -> Array | tuple[Array, Array]: ...
+
+
 def paged_attention(
     query: Any,
     key_pages: Any,

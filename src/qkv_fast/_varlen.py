@@ -46,6 +46,22 @@ def varlen_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def varlen_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Sequence[int] | Array,
+    cu_seqlens_k: Sequence[int] | Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: bool = ...,
+    **options: Unpack[VarlenOptions],
+) -> Array | tuple[Array, Array]: ...
+
+
 def varlen_attention(
     query: Any,
     key: Any,

@@ -152,7 +152,7 @@ cdef int compute(Launch *launch, int threads, double *busy) except -1:
 
 def run(problem, str gemm, str isa, double occupancy=0, double occupancy_converted=0,
         cnp.ndarray busy=None):
-    """Compute a Problem (see _problem.py) into its `out` and `lse`.
+    """Compute a Problem (see _problem/problem.py) into its `out` and `lse`.
 
     gemm: what computes prefill's products, "simd" or "blas".
     occupancy: the share of a query tile's lanes up to which decode computes a sequence; 0 for
