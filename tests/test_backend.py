@@ -249,7 +249,7 @@ def test_blas_gets_no_more_threads_than_there_are_cpus(native, monkeypatch):
     q, k, v = np.random.default_rng(0).standard_normal((3, 64, 1, 64, 8))
     problem = Problem()
     dense(problem, q, k, v, False, None)
-    scoring(problem, False, None, 0, None, None, None, None)
+    scoring(problem)
     output(problem, None, False, 4)
     busy = np.zeros(4)
     monkeypatch.setattr(_threads, "cpus", lambda: 1)

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import run_python
 
+from qkv_fast._problem.problem import Problem
+
 native = pytest.importorskip("qkv_fast._native", reason="no native engine")
 
 KIB = 1 << 10
 CODES = {np.float32: 0, np.float64: 1, np.float16: 2, np.uint16: 3, np.bool_: 4, np.int8: 5}
-UNBOUNDED = 1 << 62
-ABSENT = (
-    *("attn_mask", "block_table", "key_scales", "value_scales", "query_offset", "query_starts"),
-    *("query_lengths", "key_starts", "key_lengths", "alibi_slopes", "sinks", "lse"),
-)
 
 
-def problem(query: tuple[int, ...], key: np.ndarray, **fields: Any) -> SimpleNamespace:
-    """Return what the engine reads of a Problem, with key as value too."""
-    q = np.zeros(query, np.float32)
-    p = SimpleNamespace(**dict.fromkeys(ABSENT), query=q, key=key, value=key, out=q.copy())
+def problem(query: tuple[int, ...], key: np.ndarray, **fields: Any) -> Problem:
+    """Return a Problem whose value is its key too, as if it had been checked."""
+    p = Problem()
+    p.query = np.zeros(query, np.float32)
+    p.key, p.value, p.out = key, key, p.query.copy()
     p.query_code = p.out_code = p.code = CODES[np.float32]
     p.key_code = p.value_code = CODES[key.dtype.type]
-    p.kv_len, p.scale, p.softcap, p.num_threads, p.mask_code = key.shape[-2], 1.0, 0.0, 2, -1
-    p.left = p.right = UNBOUNDED
-    vars(p).update(fields)
+    p.kv_len, p.scale, p.num_threads = key.shape[-2], 1.0, 2
+    for name, value in fields.items():
+        setattr(p, name, value)
     return p
 
 
-def describe(p: SimpleNamespace, occupancy: float = 0.625) -> dict[str, Any]:
+def describe(p: Problem, occupancy: float = 0.625) -> dict[str, Any]:
     return native.describe(p, "simd", "scalar", occupancy, occupancy)
 
 

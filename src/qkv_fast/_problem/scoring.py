@@ -40,13 +40,13 @@ def no_dropout(dropout_p: Any) -> None:
 
 def scoring(
     p: Problem,
-    is_causal: Any,
-    scale: Any,
-    query_offset: Any,
-    window: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
+    is_causal: Any = False,
+    scale: Any = None,
+    query_offset: Any = None,
+    window: Any = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
 ) -> None:
     """Set the modifiers of the scores and what a query can see by its position.
 

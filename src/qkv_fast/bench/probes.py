@@ -45,7 +45,7 @@ def busy_seconds(
     """Return causal attention of packed sequences, and the seconds that each thread computed."""
     p = Problem()
     packed(p, query, key, value, cu_seqlens, None, True, None)
-    scoring(p, True, None, None, None, None, None, None)
+    scoring(p, is_causal=True)
     output(p, None, False, threads)
     choice, busy = current(), np.zeros(threads)
     occupancies = decode_occupancy(choice, p.code)
