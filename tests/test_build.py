@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import threading
 import zipfile
 from collections.abc import Callable
@@ -234,11 +235,13 @@ def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     for name in ("setup.py", "build_support.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     package = tmp_path / "src" / "qkv_fast"
-    (package / "bench").mkdir(parents=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for name in project["tool"]["setuptools"]["packages"]:
+        folder = tmp_path.joinpath("src", *name.split("."))
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
     (package / "__init__.py").write_text('__version__ = "1.0"\n')
     native = package / "_native"
-    native.mkdir()
-    (native / "__init__.py").touch()
     for name in ("engine.pyx", "blas.pyx"):
         (native / name).write_text("x = 1\n")
     (native / f"engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # an earlier build's
