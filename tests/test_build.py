@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import threading
+import tomllib
 import zipfile
 from collections.abc import Callable
 from functools import partial
