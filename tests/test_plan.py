@@ -157,5 +157,6 @@ def test_the_size_of_the_l2_decides_sharing_and_no_bit() -> None:
 
 def test_a_wrong_size_of_the_l2_is_refused_by_name() -> None:
     for wrong in ("0", "-1", "1e6", "many"):
-        done = run_python("import qkv_fast._native", QKV_FAST_L2_BYTES=wrong)
+        done = run_python("import qkv_fast; qkv_fast.show_config()", QKV_FAST_L2_BYTES=wrong)
+        assert done.returncode != 0  # and no other engine serves in its place
         assert f"QKV_FAST_L2_BYTES is '{wrong}': it must be a whole number" in done.stderr

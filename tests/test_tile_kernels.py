@@ -11,7 +11,7 @@ pytest.importorskip("ml_dtypes")
 import ml_dtypes
 from tile_tables import StaleTable, Table, address, compare, declarations, pointers, tables
 
-from qkv_fast._problem import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8
+from qkv_fast._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8
 
 TABLES = tables(FLOAT32) + tables(FLOAT64)
 GUARD = 1234.5

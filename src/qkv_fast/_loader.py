@@ -28,7 +28,7 @@ def load_native() -> ModuleType | None:
         except ImportError as error:
             _native_error = build_facts().get("reason") or str(error)
         else:
-            _notify = getattr(_native, "notify_call_start", None) or _native.announce
+            _notify = _native.notify_call_start
     return _native
 
 

@@ -25,22 +25,21 @@ Declarations that all of them share:
 """
 
 from .engine import describe, load_blas, run
-from .isa import best_isa, compiler, isas, table_bytes
-from .parallel import announce, threading
+from .isa import best_isa, compiler, isas
+from .parallel import notify_call_start, threading
 from .probes import fma_peak, read_bandwidth, read_once
 
 __all__ = [
-    "announce",
     "best_isa",
     "describe",
     "fma_peak",
     "info",
     "isas",
     "load_blas",
+    "notify_call_start",
     "read_bandwidth",
     "read_once",
     "run",
-    "table_bytes",
 ]
 
 

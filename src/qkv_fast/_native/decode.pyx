@@ -15,7 +15,7 @@ from libc.string cimport memset
 
 from .kernels cimport QKV_KEY_RUN
 from .key_runs cimport KeyRuns, find_interleaved_runs, load_key_runs
-from .parallel cimport look_for_signals
+from .parallel cimport goes_on
 from .query_tile cimport place_tile
 from .rows cimport load_key_scales, load_value_scales, read_reals, write_row
 from .scores cimport find_visibility, modify_scores
@@ -89,11 +89,7 @@ cdef void attend_keys(const Plan *plan, const HeadView *heads, int count, int64_
     cdef int64_t begin = key_begin // plan.block_k * plan.block_k
     cdef Py_ssize_t blocks = 0
     cdef int i
-    while begin < key_end and not plan.interrupt.stop:
-        blocks += 1
-        if blocks >= plan.blocks_per_look and heads.on_caller:
-            blocks = 0
-            look_for_signals(plan.interrupt)
+    while begin < key_end and goes_on(plan, heads, &blocks):
         if (interleaves and begin % plan.interleave_span == 0 and begin >= tile.begin_max
                 and begin + plan.interleave_span <= min(tile.end_min, key_end)):
             attend_interleaved(plan, heads, count, begin)

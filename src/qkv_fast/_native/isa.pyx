@@ -71,8 +71,3 @@ def best_isa(int type):
 def compiler():
     """Return the name and version of the C compiler."""
     return QKV_COMPILER.decode()
-
-
-def table_bytes():
-    """Return the size of a kernel table, for tests that declare it again."""
-    return sizeof(qkv_tile_kernels)

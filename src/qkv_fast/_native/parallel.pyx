@@ -132,7 +132,7 @@ cdef void end_call() noexcept:
     active_calls -= 1
 
 
-def announce():
+def notify_call_start():
     """Keep threads awake that have just done a call's work: another call has begun."""
     qkv_notify_call_start()
 

@@ -166,10 +166,11 @@ cdef void set_kernels(Plan *plan, const qkv_tile_kernels *kernels) noexcept:
         plan.query_scale = -1 if plan.query_scale < 0 else 1
 
 
-cdef void set_block_k(Plan *plan, Py_ssize_t block_k) noexcept:
+cdef void set_block_k(Plan *plan, Py_ssize_t block_k, Py_ssize_t rows) noexcept:
+    """Set the keys of a block, and the blocks between looks at the clock for so many rows."""
     plan.block_k = block_k
     plan.blocks_per_look = max(1, <Py_ssize_t>(
-        CLOCK_WORK / (<double>MAX_ROWS_PER_TASK * block_k * (plan.head_dim + plan.v_dim))))
+        CLOCK_WORK / (<double>rows * block_k * (plan.head_dim + plan.v_dim))))
 
 
 # --- Prefill ------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ cdef int plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
     set_views(plan, problem)
     set_scoring(plan, problem)
     set_kernels(plan, kernels)
-    set_block_k(plan, choose_block_k(plan))
+    set_block_k(plan, choose_block_k(plan), MAX_ROWS_PER_TASK)
     return 0
 
 
@@ -255,7 +256,7 @@ cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *k
         allow_widening(&plan.key, plan.head_dim)
         allow_widening(&plan.value, plan.v_dim)
     set_block_k(plan, min(choose_block_k(plan), <Py_ssize_t>(
-        BLOCK_K_DECODE_16BIT if size_of(plan.key.type) == 2 else BLOCK_K_DECODE)))
+        BLOCK_K_DECODE_16BIT if size_of(plan.key.type) == 2 else BLOCK_K_DECODE)), MAX_DECODE_ROWS)
     plan_interleaving(plan)
 
 

@@ -15,7 +15,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from .kernels cimport qkv_prefetch_rows, qkv_span, qkv_tile_kernels
-from .parallel cimport look_for_signals
+from .parallel cimport goes_on
 from .query_tile cimport place_tile
 from .rows cimport (
     gather_queries, load_finite_values, load_keys, load_value_rows, load_values, plan_prefetch,
@@ -65,11 +65,7 @@ cdef void attend_keys(const Plan *plan, const HeadView *head, int tiles, int64_t
     cdef int64_t begin = key_begin // plan.block_k * plan.block_k
     cdef Py_ssize_t blocks = 0
     cdef int i
-    while begin < key_end and not plan.interrupt.stop:
-        blocks += 1
-        if blocks >= plan.blocks_per_look and head.on_caller:
-            blocks = 0
-            look_for_signals(plan.interrupt)
+    while begin < key_end and goes_on(plan, head, &blocks):
         open_block(&block, plan, begin, key_begin, key_end)
         for i in range(tiles):
             attend_block(plan, head, tile_of(plan, head, i), &block)

@@ -12,7 +12,7 @@ cdef Py_ssize_t level2_bytes() except -1:
     given = os.environ.get("QKV_FAST_L2_BYTES", "")
     if given:
         if not (given.isdecimal() and 0 < int(given) < 1 << 40):
-            raise ImportError(
+            raise ValueError(
                 f"QKV_FAST_L2_BYTES is {given!r}: it must be a whole number above 0, below 2^40")
         return int(given)
     return qkv_l2_bytes() or UNKNOWN_L2

@@ -8,13 +8,3 @@
 Each stage checks what it is given and reads from `p` what the stages before it have set. Every
 refusal of the library is raised here, before any work, whichever engine will compute.
 """
-
-from .._dtypes import (  # tests/test_tile_kernels.py looks for them here
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    INT8,
-)
-
-__all__ = ["BFLOAT16", "FLOAT16", "FLOAT32", "FLOAT64", "INT8"]
