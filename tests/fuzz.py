@@ -257,8 +257,9 @@ class Truth:
 
         An error of e in a score is one of e, relative to it, in a weight. A score is no more exact
         than the last place of the numbers that it is summed up from: at most |q| |k| * scale, and
-        what mask and ALiBi add. A row's error is then bounded by that of its weights times the
-        largest value, however small the result itself is by cancellation.
+        what mask and ALiBi add; a softcap makes an infinite score as large as the cap. A row's
+        error is then bounded by that of its weights times the largest value, however small the
+        result itself is by cancellation.
         """
         if self._floor is not None:
             return self._floor
@@ -271,6 +272,10 @@ class Truth:
         longest = np.sqrt((finite_k**2).sum(-1).max(-1, initial=0))
         scores = np.sqrt((finite_q**2).sum(-1)) * np.repeat(longest, group, -1)[..., np.newaxis]
         scores = scores * scale
+        cap = self.options.get("softcap")
+        if cap is not None:
+            endless = ~np.isfinite(q).all(-1) | ~np.isfinite(k).all()
+            scores = np.where(endless, cap, scores)
         mask = self.options.get("attn_mask")
         if mask is not None and mask.dtype != bool:
             scores = scores + np.abs(np.nan_to_num(mask, posinf=0.0, neginf=0.0)).max(initial=0)
