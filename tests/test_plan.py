@@ -69,15 +69,36 @@ def test_scratch_arrays_do_not_overlap(kv_len: int, size: int, dtype: type) -> N
         assert layout["bytes"] <= plans["scratch_bytes"]
 
 
-def test_block_sizes() -> None:
-    def block_k(size: int, dtype: type) -> tuple[int, int]:
+def test_block_sizes_of_decode() -> None:
+    def block_k(size: int, dtype: type) -> int:
         plans = describe(problem((1, 2, 3, size), dense(1, 2, 9, size, dtype=dtype)))
-        return plans["prefill"]["block_k"], plans["decode"]["block_k"]
+        return int(plans["decode"]["block_k"])
 
-    assert block_k(64, np.float32) == (128, 64)
-    assert block_k(64, np.int8) == (128, 64)
-    assert block_k(1024, np.float16) == (128, 128)
-    assert block_k(1025, np.float32) == (16, 16)
+    assert block_k(64, np.float32) == 64
+    assert block_k(64, np.int8) == 64
+    assert block_k(1024, np.float16) == 128
+    assert block_k(1025, np.float32) == 16
+
+
+BLOCKS = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_plan import dense, describe, problem
+for size in (64, 256, 512, 1024, 2048, 1 << 14):
+    print(describe(problem((1, 2, 3, size), dense(1, 2, 9, size)))["prefill"]["block_k"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("l2", "blocks"),
+    [
+        (512, [128, 128, 64, 32, 16, 16]),
+        (2048, [128, 128, 128, 128, 64, 16]),
+        (256, [128, 64, 32, 16, 16, 16]),
+    ],
+)
+def test_blocks_of_prefill_fill_half_of_the_l2(l2: int, blocks: list[int]) -> None:
+    done = run_python(BLOCKS, QKV_FAST_L2_BYTES=str(l2 * KIB))
+    assert [int(line) for line in done.stdout.split()] == blocks
 
 
 def test_tiles_share_a_task_where_keys_must_be_converted() -> None:

@@ -4,7 +4,8 @@
 
 #include <stddef.h>
 
-/* The bytes of the level 2 cache that the calling CPU uses; 0 where nothing tells. */
+/* The bytes of a core's level 2 cache; 0 where nothing tells, or where cores differ. The order of
+ * sums follows from it, so it must be the same in every process of a machine. */
 ptrdiff_t qkv_l2_bytes(void);
 
 #endif

@@ -9,10 +9,10 @@ from .kernels cimport (
     QKV_BFLOAT16, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, QKV_KEY_RUN, qkv_tile_kernels,
 )
 from .tuning cimport (
-    BLOCK_K, BLOCK_K_DECODE, BLOCK_K_DECODE_16BIT, BLOCK_K_MATRIX, BLOCK_K_WIDE, CLOCK_WORK,
-    FOLD_KEYS, FOLD_KEYS_BFLOAT16, KV_SPLIT, LARGE, LONG_RUN, MAX_DECODE_ROWS, MAX_HEADS,
-    MAX_ROWS_PER_TASK, PACKED_STEP, PAGE, TASKS_PER_THREAD, TASKS_PER_THREAD_PACKED, WIDE,
-    shared_keys,
+    BLOCK_K, BLOCK_K_DECODE, BLOCK_K_DECODE_16BIT, BLOCK_K_MATRIX, CLOCK_WORK,
+    FOLD_KEYS, FOLD_KEYS_BFLOAT16, KV_SPLIT, LARGE, LEAST_BLOCK_K, LONG_RUN, MAX_DECODE_ROWS,
+    MAX_HEADS, MAX_ROWS_PER_TASK, PACKED_STEP, PAGE, TASKS_PER_THREAD, TASKS_PER_THREAD_PACKED,
+    WIDE, fitting_keys, shared_keys,
 )
 from .types cimport (
     Interrupt, Plan, QueryTile, ScratchLayout, TensorView, is_additive, lanes_per_step,
@@ -177,10 +177,9 @@ cdef void set_block_k(Plan *plan, Py_ssize_t block_k, Py_ssize_t rows) noexcept:
 
 cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
     """Return the keys of a block in prefill."""
-    cdef Py_ssize_t widest = max(plan.head_dim, plan.v_dim)
-    if widest > WIDE:
-        return BLOCK_K_WIDE
-    return BLOCK_K_MATRIX if plan.kernels.row_step > 1 and widest > LARGE else BLOCK_K
+    cdef Py_ssize_t row_bytes = (plan.head_dim + plan.v_dim) * plan.input_bytes
+    cdef bint wide = max(plan.head_dim, plan.v_dim) > LARGE
+    return fitting_keys(row_bytes, BLOCK_K_MATRIX if plan.kernels.row_step > 1 and wide else BLOCK_K)
 
 
 cdef int plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
@@ -244,6 +243,13 @@ cdef Py_ssize_t choose_max_decode_rows(const Plan *prefill,
     return min(rows, lanes_per_step(prefill)) if is_in_place(prefill) else rows
 
 
+cdef Py_ssize_t choose_block_k_decode(const Plan *plan) noexcept:
+    """Return the keys of a block in decode."""
+    if max(plan.head_dim, plan.v_dim) > WIDE:
+        return LEAST_BLOCK_K
+    return BLOCK_K_DECODE_16BIT if size_of(plan.key.type) == 2 else BLOCK_K_DECODE
+
+
 cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *kernels) noexcept:
     """Fill the plan for decode with these kernels, from prefill's of the same call.
 
@@ -255,8 +261,7 @@ cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *k
     if kernels.real_bytes == 4:
         allow_widening(&plan.key, plan.head_dim)
         allow_widening(&plan.value, plan.v_dim)
-    set_block_k(plan, min(choose_block_k(plan), <Py_ssize_t>(
-        BLOCK_K_DECODE_16BIT if size_of(plan.key.type) == 2 else BLOCK_K_DECODE)), MAX_DECODE_ROWS)
+    set_block_k(plan, choose_block_k_decode(plan), MAX_DECODE_ROWS)
     plan_interleaving(plan)
 
 

@@ -17,7 +17,7 @@ cdef enum:  # sizes of structures
     ALIGNMENT = 64          # bytes, of each array in the scratch
     PAGE = 4096             # bytes
 
-cdef enum:  # fix the order of sums, so they depend on nothing but head sizes and element types
+cdef enum:  # fix the order of sums, so they depend on head sizes, element types and caches alone
     # Keys of a block in prefill. At head sizes 64 to 256, 64 and 128 are equally fast on Granite
     # Rapids, 32 and 256 are 5 % slower; 128 wins where all keys fit in one block, at bert-128
     # (bench_attention.py).
@@ -26,8 +26,9 @@ cdef enum:  # fix the order of sums, so they depend on nothing but head sizes an
     # more than the larger scores: 4x4096x256 in bfloat16 is 4 % faster with 256 keys than with 128.
     BLOCK_K_MATRIX = 256
     LARGE = 128
-    # Beyond head size WIDE, short blocks bound the scratch.
-    BLOCK_K_WIDE = 16
+    # Long rows have shorter blocks, down to this (fitting_keys in tuning.pyx).
+    LEAST_BLOCK_K = 16
+    # Beyond head size WIDE, decode has the shortest blocks and does not interleave heads.
     WIDE = 1024
     # Keys of a block in decode. Read from memory, float32 and int8 are up to 10 % faster with 64
     # than with 128, 16-bit keys 3 to 5 % faster with 128 (decode.py).
@@ -50,7 +51,9 @@ cdef enum:  # decide how fast a call is
     # (decode.py on Granite Rapids).
     LONG_RUN = 1 << 17
     # Rows of a task whose query tiles share what is made ready of a block, as long as each thread
-    # still has so many tasks, for balance. Where values are packed, sharing saves more:
+    # still has so many tasks, for balance. It does not follow the caches: on Zen 3 with 512 KiB of
+    # L2, 128 rows are as fast at head sizes 192 to 512, and 64 rows 3 to 11 % slower, although
+    # the tiles of 256 rows of size 512 take 1 MiB. Where values are packed, sharing saves more:
     # 1,8,64 queries on 4096 keys of size 128 in bfloat16 take 900 us with 2, 1240 us with 4.
     MAX_ROWS_PER_TASK = 256
     TASKS_PER_THREAD = 4
@@ -75,3 +78,4 @@ cdef enum:  # decide how fast a call is
     BLAS_THREAD_BYTES = 48 << 20
 
 cdef Py_ssize_t shared_keys() noexcept nogil
+cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most) noexcept nogil

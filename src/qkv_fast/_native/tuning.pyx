@@ -18,13 +18,27 @@ cdef Py_ssize_t level2_bytes() except -1:
     return qkv_l2_bytes() or UNKNOWN_L2
 
 
-# A head whose keys and values take more bytes than this, half of the L2, does not stay in the L2
-# beside the scratch: query tiles then share a task, and blocks are prefetched (bench_attention.py
-# on Granite Rapids, 1 MiB of 2 MiB; on Zen 3 128 KiB to 1 MiB stay within 7 % at eight shapes).
-# It decides nothing but the order of tasks and loads, so it changes no bit of a result.
-cdef Py_ssize_t _shared_keys = level2_bytes() // 2
+cdef Py_ssize_t _half_l2 = level2_bytes() // 2
 
 
 cdef Py_ssize_t shared_keys() noexcept nogil:
-    """Return the bytes of keys and values that stay in a core's L2."""
-    return _shared_keys
+    """Return the bytes of a head's keys and values that stay in a core's L2, beside the scratch.
+
+    If a head has more, its query tiles share a task, and blocks are prefetched. Granite Rapids was
+    tuned with 1 MiB of its 2 MiB (bench_attention.py); on Zen 3, 128 KiB to 1 MiB stay within 7 %
+    at eight shapes. It decides the order of tasks and loads, so it changes no bit of a result.
+    """
+    return _half_l2
+
+
+cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most) noexcept nogil:
+    """Return the keys of a prefill block whose keys and values fill at most half of the L2.
+
+    It is a power of two of at least LEAST_BLOCK_K. row_bytes: of a key and its value. On Zen 3
+    (512 KiB), 2x2048x512 in float32 is 5 to 7 % faster with 64 keys than with 128, float64 11 % at
+    sizes 256 and 512; with 32 keys sizes up to 256 are 3 to 10 % slower (bench_attention.py).
+    """
+    cdef Py_ssize_t keys = most
+    while keys > LEAST_BLOCK_K and keys * row_bytes > _half_l2:
+        keys //= 2
+    return keys
