@@ -19,7 +19,7 @@ from .parallel cimport look_for_signals
 from .prefill cimport run_prefill_task
 from .tuning cimport BATCHES_PER_LOOK, KV_SPLIT
 from .types cimport (
-    UNBOUNDED, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
+    UNBOUNDED, HeadRows, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
     batch_entry, is_shared, lanes_per_step,
 )
 
@@ -147,6 +147,19 @@ cdef inline Py_ssize_t find_sequence(const Launch *launch, Py_ssize_t task) noex
     return low
 
 
+cdef void open_rows(const Plan *plan, const SequencePlan *sequence, const TensorView *view,
+                    Py_ssize_t length, Py_ssize_t kv_head, HeadRows *rows) noexcept nogil:
+    """Note where the keys, the values or the scales of a batch entry's KV head lie."""
+    rows.view = view
+    rows.length = length
+    rows.page_size = plan.page_size
+    rows.pages = <const int64_t *>batch_entry(plan, &plan.block_table, sequence.batch)
+    rows.data = view.data
+    if rows.pages == NULL:
+        rows.data = batch_entry(plan, view, sequence.batch) + sequence.k_start * view.row
+    rows.data += kv_head * view.head
+
+
 cdef void open_head(const Plan *plan, const SequencePlan *sequence, Py_ssize_t kv_head,
                     HeadView *head) noexcept nogil:
     """Note where the rows of a batch entry's KV head lie."""
@@ -163,22 +176,10 @@ cdef void open_head(const Plan *plan, const SequencePlan *sequence, Py_ssize_t k
         head.lse += sequence.q_start * plan.lse.row
     head.mask = batch_entry(plan, &plan.mask, batch)
     head.slopes = batch_entry(plan, &plan.slopes, batch)
-    head.pages = NULL
-    head.key = plan.key.data
-    head.value = plan.value.data
-    head.key_scales = plan.key_scales.data
-    head.value_scales = plan.value_scales.data
-    if plan.block_table.data != NULL:
-        head.pages = <const int64_t *>batch_entry(plan, &plan.block_table, batch)
-    else:
-        head.key = batch_entry(plan, &plan.key, batch) + sequence.k_start * plan.key.row
-        head.value = batch_entry(plan, &plan.value, batch) + sequence.k_start * plan.value.row
-        head.key_scales = batch_entry(plan, &plan.key_scales, batch)
-        head.value_scales = batch_entry(plan, &plan.value_scales, batch)
-    head.key += kv_head * plan.key.head
-    head.value += kv_head * plan.value.head
-    head.key_scales += kv_head * plan.key_scales.head
-    head.value_scales += kv_head * plan.value_scales.head
+    open_rows(plan, sequence, &plan.key, plan.head_dim, kv_head, &head.key)
+    open_rows(plan, sequence, &plan.value, plan.v_dim, kv_head, &head.value)
+    open_rows(plan, sequence, &plan.key_scales, 1, kv_head, &head.key_scales)
+    open_rows(plan, sequence, &plan.value_scales, 1, kv_head, &head.value_scales)
 
 
 cdef void run_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
