@@ -19,17 +19,9 @@ typedef __m256d vec, vmask;
 #define OP(name) _mm256_##name##_pd
 #endif
 
-INLINE vec v_set1(real x) { return OP(set1)(x); }
-INLINE vec v_load(const real *p) { return OP(loadu)(p); }
-INLINE void v_store(real *p, vec x) { OP(storeu)(p, x); }
-INLINE vec v_add(vec a, vec b) { return OP(add)(a, b); }
-INLINE vec v_sub(vec a, vec b) { return OP(sub)(a, b); }
-INLINE vec v_mul(vec a, vec b) { return OP(mul)(a, b); }
-INLINE vec v_div(vec a, vec b) { return OP(div)(a, b); }
-INLINE vec v_fma(vec a, vec b, vec c) { return OP(fmadd)(a, b, c); }
+#include "x86.h"
+
 INLINE vec v_abs(vec x) { return OP(andnot)(v_set1((real)-0.0), x); }
-INLINE vec v_max(vec a, vec b) { return OP(max)(a, b); } /* b where one is NaN */
-INLINE vec v_min(vec a, vec b) { return OP(min)(a, b); } /* b where one is NaN */
 INLINE vec v_select(vmask m, vec a, vec b) { return OP(blendv)(b, a, m); }
 INLINE vec v_select_negative(vec sign, vec a, vec b) { return OP(blendv)(b, a, sign); }
 INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
@@ -78,17 +70,7 @@ INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> 
 #if REAL_BITS == 32
 INLINE void v_transpose(vec x[LANES])
 {
-    vec t[8];
-    for (int i = 0; i < 8; i += 2) { /* pairs of rows, then fours, then the two halves */
-        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
+    for (int i = 0; i < 8; i += 4) transpose_fours(x + i, x + i); /* then the two halves */
     for (int i = 0; i < 4; i++) {
         const vec low = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
         x[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);

@@ -27,17 +27,9 @@ typedef __mmask8 vmask;
 #define COMPARE _mm512_cmp_pd_mask
 #endif
 
-INLINE vec v_set1(real x) { return OP(set1)(x); }
-INLINE vec v_load(const real *p) { return OP(loadu)(p); }
-INLINE void v_store(real *p, vec x) { OP(storeu)(p, x); }
-INLINE vec v_add(vec a, vec b) { return OP(add)(a, b); }
-INLINE vec v_sub(vec a, vec b) { return OP(sub)(a, b); }
-INLINE vec v_mul(vec a, vec b) { return OP(mul)(a, b); }
-INLINE vec v_div(vec a, vec b) { return OP(div)(a, b); }
-INLINE vec v_fma(vec a, vec b, vec c) { return OP(fmadd)(a, b, c); }
+#include "x86.h"
+
 INLINE vec v_abs(vec x) { return OP(abs)(x); }
-INLINE vec v_max(vec a, vec b) { return OP(max)(a, b); } /* b where one is NaN */
-INLINE vec v_min(vec a, vec b) { return OP(min)(a, b); } /* b where one is NaN */
 INLINE vec v_select(vmask m, vec a, vec b) { return OP(mask_mov)(b, m, a); }
 INLINE vec v_select_negative(vec sign, vec a, vec b) { return v_select(SIGN_BITS(sign), a, b); }
 INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
@@ -69,16 +61,7 @@ INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane),
 INLINE void v_transpose(vec x[LANES])
 {
     vec t[16];
-    for (int i = 0; i < 16; i += 2) { /* pairs of rows, fours, then quarters of the vectors */
-        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-        x[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-        x[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        x[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
+    for (int i = 0; i < 16; i += 4) transpose_fours(x + i, x + i); /* then quarters of the vectors */
     for (int i = 0; i < 4; i++) {
         t[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
@@ -110,16 +93,7 @@ INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
             y[c][i] = _mm512_insertf32x4(q, _mm_loadu_ps((const float *)(r3 + 16 * c)), 3);
         }
     }
-    for (int c = 0; c < 4; c++) {
-        const vec a = _mm512_unpacklo_ps(y[c][0], y[c][1]);
-        const vec b = _mm512_unpackhi_ps(y[c][0], y[c][1]);
-        const vec d = _mm512_unpacklo_ps(y[c][2], y[c][3]);
-        const vec e = _mm512_unpackhi_ps(y[c][2], y[c][3]);
-        x[4 * c] = _mm512_shuffle_ps(a, d, 0x44);
-        x[4 * c + 1] = _mm512_shuffle_ps(a, d, 0xee);
-        x[4 * c + 2] = _mm512_shuffle_ps(b, e, 0x44);
-        x[4 * c + 3] = _mm512_shuffle_ps(b, e, 0xee);
-    }
+    for (int c = 0; c < 4; c++) transpose_fours(y[c], x + 4 * c);
 }
 /* Lane i = the sum of x[i]'s lanes: within quarters as v_transpose pairs them, then the quarters.
  */

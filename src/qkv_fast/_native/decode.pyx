@@ -17,7 +17,7 @@ from .kernels cimport QKV_KEY_RUN
 from .key_runs cimport KeyRuns, find_interleaved_runs, load_key_runs
 from .parallel cimport goes_on
 from .query_tile cimport place_tile
-from .rows cimport load_key_scales, load_value_scales, read_reals, write_row
+from .rows cimport load_scales, read_reals, write_row
 from .scores cimport find_visibility, modify_scores
 from .softmax_state cimport finish_state, merge_partials, save_partial, weigh_scores
 from .tuning cimport KV_SPLIT, MAX_HEADS
@@ -40,6 +40,7 @@ cdef void run_decode_task(const Launch *launch, const HeadView *head,
     cdef QueryTile *tile = NULL
     for i in range(count):
         heads[i] = head[0]
+        heads[i].value.copies = head.key.copies  # a block's keys are done with before its values
         move_head(plan, &heads[i], i)
         tile = open_tile(plan, &heads[i])
     attend_keys(plan, heads, count, max(begin, tile.begin_min),
@@ -131,11 +132,11 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
         tile.has_keys |= visible.has_keys
         return
     nk = visible.nk - block.before_window
-    load_key_runs(plan, head, &head.key, block, visible.nk, tile.end_max, &runs)
+    load_key_runs(plan, &head.key, block, visible.nk, tile.end_max, &runs)
     compute_scores(plan, tile, &runs, 0, block.before_window, nk, tile.lanes)
     modify_scores(plan, head, tile, block, &visible)
     weigh_scores(plan, head, tile, block, &visible)
-    load_key_runs(plan, head, &head.value, block, visible.nk, tile.end_max, &runs)
+    load_key_runs(plan, &head.value, block, visible.nk, tile.end_max, &runs)
     accumulate_values(plan, tile, &runs, 0, block.before_window, nk, tile.lanes, True,
                       visible.partial)
 
@@ -171,8 +172,8 @@ cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int i
             tile = tile_of(plan, heads, first + h)
             if k == begin:
                 plan.kernels.decode_softmax(
-                    tile.scores, nk, <int>ld, load_key_scales(plan, head, block, nk),
-                    load_value_scales(plan, head, block, nk), tile.row_max, tile.row_sum,
+                    tile.scores, nk, <int>ld, load_scales(&head.key_scales, block, nk),
+                    load_scales(&head.value_scales, block, nk), tile.row_max, tile.row_sum,
                     tile.rescale)
             accumulate_values(plan, tile, &runs, run, k, step, ld, k == begin, False)
             run += <int>(step // QKV_KEY_RUN)
@@ -188,7 +189,7 @@ cdef inline void list_runs(const Plan *plan, const HeadView *heads, const HeadRo
         find_interleaved_runs(plan, heads, rows, block.begin, <int>(count * nk // QKV_KEY_RUN),
                               interleaved, key_end, runs)
     else:
-        load_key_runs(plan, heads, rows, block, nk, key_end, runs)
+        load_key_runs(plan, rows, block, nk, key_end, runs)
 
 
 cdef inline void compute_scores(const Plan *plan, QueryTile *tile, const KeyRuns *runs, int run,

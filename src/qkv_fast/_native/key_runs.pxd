@@ -8,9 +8,8 @@ cdef struct KeyRuns:
     Py_ssize_t stride                   # of the rows in a run
     int type
 
-cdef void load_key_runs(const Plan *plan, const HeadView *head, const HeadRows *rows,
-                        const KVBlock *block, Py_ssize_t nk, int64_t key_end,
-                        KeyRuns *runs) noexcept nogil
+cdef void load_key_runs(const Plan *plan, const HeadRows *rows, const KVBlock *block,
+                        Py_ssize_t nk, int64_t key_end, KeyRuns *runs) noexcept nogil
 cdef void find_interleaved_runs(const Plan *plan, const HeadView *head, const HeadRows *rows,
                                 int64_t begin, int count, int heads, int64_t key_end,
                                 KeyRuns *runs) noexcept nogil

@@ -38,14 +38,13 @@ cdef bint find_key_runs(const HeadRows *rows, int64_t begin, Py_ssize_t nk, int6
     return True
 
 
-cdef void load_key_runs(const Plan *plan, const HeadView *head, const HeadRows *rows,
-                        const KVBlock *block, Py_ssize_t nk, int64_t key_end,
-                        KeyRuns *runs) noexcept nogil:
+cdef void load_key_runs(const Plan *plan, const HeadRows *rows, const KVBlock *block,
+                        Py_ssize_t nk, int64_t key_end, KeyRuns *runs) noexcept nogil:
     """List the block's runs: in place where each lies in one page and kernels can widen it.
 
     Else they are gathered as reals.
     """
-    cdef char *row = head.scratch + plan.layout.keys
+    cdef char *row = rows.copies
     cdef int64_t begin = block.begin + block.before_window
     cdef int run
     nk -= block.before_window

@@ -11,15 +11,12 @@ cdef void gather(const Plan *plan, const HeadRows *rows, int64_t begin, Py_ssize
                  Py_ssize_t row_bytes) noexcept nogil
 cdef void load_keys(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil
 cdef void load_value_rows(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil
-cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil
-cdef void load_finite_values(const Plan *plan, const HeadView *head,
-                             KVBlock *block) noexcept nogil
-cdef const float *load_key_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
-                                  Py_ssize_t nk) noexcept nogil
-cdef const float *load_value_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
-                                    Py_ssize_t nk) noexcept nogil
-cdef void plan_prefetch(const Plan *plan, const HeadView *head, const QueryTile *tile,
-                        const KVBlock *block, qkv_prefetch_rows *prefetch) noexcept nogil
+cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block,
+                      bint finite) noexcept nogil
+cdef const float *load_scales(const HeadRows *rows, const KVBlock *block,
+                              Py_ssize_t nk) noexcept nogil
+cdef void plan_prefetch(const HeadView *head, const QueryTile *tile, const KVBlock *block,
+                        qkv_prefetch_rows *prefetch) noexcept nogil
 
 
 cdef inline const char *find_row(const HeadRows *rows, int64_t key,

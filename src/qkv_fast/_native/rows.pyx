@@ -86,12 +86,12 @@ cdef void gather(const Plan *plan, const HeadRows *rows, int64_t begin, Py_ssize
         i += count
 
 
-cdef inline void gather_block(const Plan *plan, const HeadRows *rows, const KVBlock *block,
-                              char *row, Py_ssize_t row_bytes) noexcept nogil:
-    """Copy the block's rows; those before the window become zeros."""
+cdef void gather_block(const Plan *plan, const HeadRows *rows, const KVBlock *block,
+                       Py_ssize_t row_bytes) noexcept nogil:
+    """Copy the block's rows to rows.copies; those before the window become zeros."""
     cdef Py_ssize_t before = block.before_window
-    memset(row, 0, before * row_bytes)
-    gather(plan, rows, block.begin + before, block.nk - before, row + before * row_bytes,
+    memset(rows.copies, 0, before * row_bytes)
+    gather(plan, rows, block.begin + before, block.nk - before, rows.copies + before * row_bytes,
            row_bytes)
 
 
@@ -102,66 +102,61 @@ cdef bint in_one_page(const HeadRows *rows, const KVBlock *block) noexcept nogil
 cdef void load_keys(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
     """Point block.keys at the keys in place or, where kernels need it, at padded copies."""
     cdef Py_ssize_t step = plan.kernels.row_step, count = block.nk
-    cdef char *row = head.scratch + plan.layout.keys
     if (plan.key.contiguous and plan.head_dim % plan.kernels.depth_step == 0
             and block.nk % step == 0 and in_one_page(&head.key, block)):
         block.keys = find_row(&head.key, block.begin, &count)
         block.key_stride = plan.key.row
         return
-    block.keys = row
+    block.keys = head.key.copies
     block.key_stride = plan.key_bytes
-    gather_block(plan, &head.key, block, row, plan.key_bytes)
+    gather_block(plan, &head.key, block, plan.key_bytes)
     count = (block.nk + step - 1) // step * step - block.nk
-    memset(row + block.nk * plan.key_bytes, 0, count * plan.key_bytes)
+    memset(head.key.copies + block.nk * plan.key_bytes, 0, count * plan.key_bytes)
 
 
 cdef void load_value_rows(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
     """Point block.value_rows at the values in place, or at copies."""
     cdef Py_ssize_t count = block.nk
-    cdef char *row = head.scratch + plan.layout.values
     if plan.value.contiguous and in_one_page(&head.value, block):
         block.value_rows = find_row(&head.value, block.begin, &count)
         block.row_stride = plan.value.row
         return
-    block.value_rows = row
+    block.value_rows = head.value.copies
     block.row_stride = plan.v_dim * plan.input_bytes
-    gather_block(plan, &head.value, block, row, block.row_stride)
+    gather_block(plan, &head.value, block, block.row_stride)
 
 
-cdef void pack_values(const Plan *plan, const HeadView *head, KVBlock *block, const char *rows,
-                      Py_ssize_t stride) noexcept nogil:
-    """Point block.values at the rows as accumulate reads them."""
-    block.values = rows
-    block.value_stride = stride
-    if plan.kernels.pack_values != NULL:
-        block.values = head.scratch + plan.layout.packed_values
-        block.value_stride = plan.packed_stride
-        plan.kernels.pack_values(<void *>block.values, plan.packed_stride, rows, stride, block.nk,
-                                 plan.v_dim)
+cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block,
+                      bint finite) noexcept nogil:
+    """Point block.values at block.value_rows as accumulate reads them.
 
-
-cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
-    """Make block.values ready from block.value_rows."""
-    pack_values(plan, head, block, block.value_rows, block.row_stride)
-
-
-cdef void load_finite_values(const Plan *plan, const HeadView *head,
-                             KVBlock *block) noexcept nogil:
-    """Make block.values ready with 0 in place of infinities and NaN."""
+    finite: with 0 in place of infinities and NaN.
+    """
     cdef Py_ssize_t i, row_bytes = plan.v_dim * plan.input_bytes
     cdef char *row = head.gathered
-    for i in range(block.nk):
-        memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
-        qkv_zero_nonfinite(row, plan.kernels.input_type, plan.v_dim)
-        row += row_bytes
-    pack_values(plan, head, block, head.gathered, row_bytes)
+    block.values = block.value_rows
+    block.value_stride = block.row_stride
+    if finite:
+        for i in range(block.nk):
+            memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
+            qkv_zero_nonfinite(row, plan.kernels.input_type, plan.v_dim)
+            row += row_bytes
+        block.values = head.gathered
+        block.value_stride = row_bytes
+    if plan.kernels.pack_values != NULL:
+        row = head.scratch + plan.layout.packed_values
+        plan.kernels.pack_values(row, plan.packed_stride, block.values, block.value_stride,
+                                 block.nk, plan.v_dim)
+        block.values = row
+        block.value_stride = plan.packed_stride
 
 
 # --- Scales of int8 rows ------------------------------------------------------------------------
 
-cdef const float *load_scales(const HeadRows *rows, const KVBlock *block, Py_ssize_t nk,
-                              float *scales) noexcept nogil:
+cdef const float *load_scales(const HeadRows *rows, const KVBlock *block,
+                              Py_ssize_t nk) noexcept nogil:
     """Copy the scales of the block's first nk rows side by side; NULL where there are none."""
+    cdef float *scales = <float *>rows.copies
     cdef Py_ssize_t i, count
     cdef const char *source
     if rows.view.data == NULL:
@@ -188,18 +183,6 @@ cdef const float *load_scales(const HeadRows *rows, const KVBlock *block, Py_ssi
     return scales
 
 
-cdef const float *load_key_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
-                                  Py_ssize_t nk) noexcept nogil:
-    return load_scales(&head.key_scales, block, nk,
-                       <float *>(head.scratch + plan.layout.key_scales))
-
-
-cdef const float *load_value_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
-                                    Py_ssize_t nk) noexcept nogil:
-    return load_scales(&head.value_scales, block, nk,
-                       <float *>(head.scratch + plan.layout.value_scales))
-
-
 # --- Prefetching --------------------------------------------------------------------------------
 
 cdef inline void prefetch_keys(const HeadRows *rows, int64_t begin, int64_t end,
@@ -214,12 +197,12 @@ cdef inline void prefetch_keys(const HeadRows *rows, int64_t begin, int64_t end,
         prefetch.row = find_row(rows, begin, &prefetch.count)
 
 
-cdef void plan_prefetch(const Plan *plan, const HeadView *head, const QueryTile *tile,
-                        const KVBlock *block, qkv_prefetch_rows *prefetch) noexcept nogil:
+cdef void plan_prefetch(const HeadView *head, const QueryTile *tile, const KVBlock *block,
+                        qkv_prefetch_rows *prefetch) noexcept nogil:
     """Name what to prefetch while a block's scores are computed: keys to come, and its values."""
     cdef int64_t end = block.begin + block.nk
     cdef int64_t begin = end            # keys that were converted have been read already
-    if block.keys != head.scratch + plan.layout.keys:
+    if block.keys != head.key.copies:
         begin = min(end, block.begin + PREFETCH_DISTANCE)
     prefetch_keys(&head.key, begin, min(tile.end_max, begin + block.nk), &prefetch[0])
     prefetch_keys(&head.value, block.begin, min(tile.end_max, end), &prefetch[1])

@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from .kernels cimport qkv_tile_kernels
-from .rows cimport load_value_scales
+from .rows cimport load_scales
 from .types cimport (
     HeadView, KVBlock, PartialState, Plan, QueryTile, Visibility, get_real, real, round_up,
     set_real,
@@ -50,7 +50,8 @@ cdef void weigh_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
                     1.0 if plan.has_modifiers else plan.score_scale, tile.row_max, tile.row_sum,
                     tile.rescale)
     if plan.value_scales.data != NULL:
-        kernels.scale_keys(tile.scores, nk, tile.nvec, load_value_scales(plan, head, block, nk), 1)
+        kernels.scale_keys(tile.scores, nk, tile.nvec,
+                           load_scales(&head.value_scales, block, nk), 1)
 
 
 # --- Folding: sums of sums, whose error does not grow with the number of keys -------------------

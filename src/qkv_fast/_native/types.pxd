@@ -130,6 +130,7 @@ cdef struct HeadRows:
     Py_ssize_t length                   # elements of a row
     Py_ssize_t page_size
     const int64_t *pages                # of the batch entry, or NULL
+    char *copies                        # in the scratch: where rows of a block are converted to
 
 
 cdef struct HeadView:
