@@ -15,16 +15,12 @@ from .types cimport (
 )
 
 
-cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
-    return low if x < low else high if x > high else x
-
-
 cdef void subtract_origin(real *reals, const int64_t *values, int64_t origin, int64_t low,
                           int64_t high, int count) noexcept nogil:
     """reals[i] = values[i] - origin, limited to [low, high]"""
     cdef int i
     for i in range(count):
-        reals[i] = <real>clamp(values[i] - origin, low, high)
+        reals[i] = <real>min(max(values[i] - origin, low), high)
 
 
 cdef void set_relative(const Plan *plan, void *reals, const int64_t *values, int64_t origin,
