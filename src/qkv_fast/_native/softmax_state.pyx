@@ -9,7 +9,7 @@ arXiv:1805.02867, algorithm 3; kept a block at a time as in Dao et al. 2022, arX
 """
 
 from libc.math cimport INFINITY, M_LN2, M_LOG2E, exp2, log
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from .kernels cimport qkv_tile_kernels
