@@ -36,8 +36,12 @@ cdef void reset_state(const Plan *plan, QueryTile *tile) noexcept nogil:
     tile.fold_index = -1
     tile.has_keys = 0
     memset(tile.row_sum, 0, tile.lanes * real_bytes)
-    for i in range(tile.lanes):
-        set_real(tile.row_max, i, real_bytes, lowest(real_bytes))
+    if real_bytes == 4:
+        for i in range(tile.lanes):
+            (<float *>tile.row_max)[i] = -FLT_MAX
+    else:
+        for i in range(tile.lanes):
+            (<double *>tile.row_max)[i] = -DBL_MAX
 
 
 cdef void weigh_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
