@@ -70,7 +70,7 @@ INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> 
 #if REAL_BITS == 32
 INLINE void v_transpose(vec x[LANES])
 {
-    for (int i = 0; i < 8; i += 4) transpose_fours(x + i, x + i); /* then the two halves */
+    for (int i = 0; i < 8; i += 4) transpose_fours(x + i, x + i); /* fours, then the two halves */
     for (int i = 0; i < 4; i++) {
         const vec low = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
         x[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);

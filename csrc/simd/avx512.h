@@ -60,8 +60,8 @@ INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane),
 #if REAL_BITS == 32
 INLINE void v_transpose(vec x[LANES])
 {
-    vec t[16];
-    for (int i = 0; i < 16; i += 4) transpose_fours(x + i, x + i); /* then quarters of the vectors */
+    vec t[16]; /* fours, then quarters of the vectors */
+    for (int i = 0; i < 16; i += 4) transpose_fours(x + i, x + i);
     for (int i = 0; i < 4; i++) {
         t[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
