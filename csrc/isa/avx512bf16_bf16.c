@@ -1,17 +1,8 @@
 /* x86-64 with AVX-512 F, DQ, VL, BW and BF16: bfloat16 pairs multiplied by vdpbf16ps. */
-#if defined(__x86_64__)
 #define REAL_BITS 32
 #define QKV_PAIRS
 #define QKV_ISA "avx512bf16"
 #define QKV_TABLE qkv_tile_kernels_bf16_avx512bf16
 #define QKV_TARGET "avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma,f16c"
-#include <immintrin.h>
-#include <string.h>
-
-#include "../simd/target_push.h"
-#include "../simd/avx512bf16.h"
-#include "../kernels/tile_tmpl.h"
-#include "../simd/target_pop.h"
-#else
-typedef int qkv_no_avx512bf16_bf16_here;
-#endif
+#define QKV_SIMD "../simd/avx512bf16.h"
+#include "x86_table.h"

@@ -6,7 +6,7 @@
  *     REAL_BITS        32: real is float; 64: double
  *     QKV_ISA          the ISA's name, a string
  *     QKV_TABLE        the name of the table, qkv_tile_kernels_<input type>_<isa>
- *     QKV_TARGET       the compiler's names of the features used (see simd/target_push.h)
+ *     QKV_TARGET       the compiler's names of the features used (see isa/x86_table.h)
  *     QKV_PAIRS        if defined, inputs are bfloat16, in pairs
  *     QKV_MATRIX_UNIT  if defined, a matrix unit multiplies them
  *

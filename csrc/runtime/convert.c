@@ -7,26 +7,16 @@
 #include <math.h>
 #include <string.h>
 
-static uint16_t load16(const char *p, int swapped)
-{
-    uint16_t x;
-    memcpy(&x, p, sizeof x);
-    return swapped ? __builtin_bswap16(x) : x;
-}
-
-static uint32_t load32(const char *p, int swapped)
-{
-    uint32_t x;
-    memcpy(&x, p, sizeof x);
-    return swapped ? __builtin_bswap32(x) : x;
-}
-
-static uint64_t load64(const char *p, int swapped)
-{
-    uint64_t x;
-    memcpy(&x, p, sizeof x);
-    return swapped ? __builtin_bswap64(x) : x;
-}
+#define DEFINE_LOAD(bits)                                                                        \
+    static uint##bits##_t load##bits(const char *p, int swapped)                                 \
+    {                                                                                            \
+        uint##bits##_t x;                                                                        \
+        memcpy(&x, p, sizeof x);                                                                 \
+        return swapped ? __builtin_bswap##bits(x) : x;                                           \
+    }
+DEFINE_LOAD(16)
+DEFINE_LOAD(32)
+DEFINE_LOAD(64)
 
 static double double_of_bits(uint64_t bits)
 {

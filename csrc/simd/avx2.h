@@ -10,64 +10,67 @@
 #define TILE_Q (4 * LANES)
 #define ALL_LANES ((UINT64_C(1) << LANES) - 1)
 
+/* An intrinsic of the vector's type. */
 #if REAL_BITS == 32
 typedef __m256 vec, vmask;
-INLINE vec v_set1(real x) { return _mm256_set1_ps(x); }
-INLINE vec v_load(const real *p) { return _mm256_loadu_ps(p); }
-INLINE void v_store(real *p, vec x) { _mm256_storeu_ps(p, x); }
-INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
-INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
-INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
-INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vec v_abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where one is NaN */
-INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); } /* b where one is NaN */
-INLINE vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
-INLINE vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_ps(b, a, sign); }
+#define OP(name) _mm256_##name##_ps
+#else
+typedef __m256d vec, vmask;
+#define OP(name) _mm256_##name##_pd
+#endif
+
+#include "x86.h"
+
+INLINE vec v_abs(vec x) { return OP(andnot)(v_set1((real)-0.0), x); }
+INLINE vec v_select(vmask m, vec a, vec b) { return OP(blendv)(b, a, m); }
+INLINE vec v_select_negative(vec sign, vec a, vec b) { return OP(blendv)(b, a, sign); }
 INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
 {
-    *n = _mm256_round_ps(x, 8); /* 8: to nearest, no exceptions */
-    return _mm256_sub_ps(x, *n);
+    *n = OP(round)(x, 8); /* 8: to nearest, no exceptions */
+    return v_sub(x, *n);
 }
 INLINE vec v_ldexp(vec x, vec n) /* x * 2^n, n an integer, 2^n a normal number */
 {
+#if REAL_BITS == 32
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));
+#else /* n to its low bits by adding 1.5 * 2^52 */
+    const __m256i low = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(6755399441055744.0)));
+    const __m256i e = _mm256_add_epi64(low, _mm256_set1_epi64x(1023));
+    return _mm256_mul_pd(x, _mm256_castsi256_pd(_mm256_slli_epi64(e, 52)));
+#endif
 }
 INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
 {
-    *n = _mm256_round_ps(x, 9); /* 9: downwards, no exceptions */
-    return _mm256_sub_ps(x, *n);
+    *n = OP(round)(x, 9); /* 9: downwards, no exceptions */
+    return v_sub(x, *n);
 }
 INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
 {
-    return _mm256_andnot_ps(_mm256_cmp_ps(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
+    return OP(andnot)(OP(cmp)(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
 }
 INLINE uint64_t v_le_bits(vec a, vec b)
 {
-    return (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ));
+    return (uint64_t)OP(movemask)(OP(cmp)(a, b, _CMP_LE_OQ));
 }
 INLINE vmask v_mask(uint64_t bits)
 {
+#if REAL_BITS == 32
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i x = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, lane));
+#else
+    const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i x = _mm256_and_si256(_mm256_set1_epi64x((long long)bits), lane);
+    return _mm256_castsi256_pd(_mm256_cmpeq_epi64(x, lane));
+#endif
 }
 INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
+
+#if REAL_BITS == 32
 INLINE void v_transpose(vec x[LANES])
 {
-    vec t[8];
-    for (int i = 0; i < 8; i += 2) { /* pairs of rows, then fours, then the two halves */
-        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
+    for (int i = 0; i < 8; i += 4) transpose_fours(x + i, x + i); /* fours, then the two halves */
     for (int i = 0; i < 4; i++) {
         const vec low = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
         x[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
@@ -125,51 +128,6 @@ INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept,
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
 }
 #else
-typedef __m256d vec, vmask;
-INLINE vec v_set1(real x) { return _mm256_set1_pd(x); }
-INLINE vec v_load(const real *p) { return _mm256_loadu_pd(p); }
-INLINE void v_store(real *p, vec x) { _mm256_storeu_pd(p, x); }
-INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
-INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
-INLINE vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
-INLINE vec v_div(vec a, vec b) { return _mm256_div_pd(a, b); }
-INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
-INLINE vec v_abs(vec x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
-INLINE vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
-INLINE vec v_min(vec a, vec b) { return _mm256_min_pd(a, b); }
-INLINE vec v_select(vmask m, vec a, vec b) { return _mm256_blendv_pd(b, a, m); }
-INLINE vec v_select_negative(vec sign, vec a, vec b) { return _mm256_blendv_pd(b, a, sign); }
-INLINE vec v_split(vec x, vec *n)
-{
-    *n = _mm256_round_pd(x, 8);
-    return _mm256_sub_pd(x, *n);
-}
-INLINE vec v_ldexp(vec x, vec n) /* n to its low bits by adding 1.5 * 2^52 */
-{
-    const __m256i low = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(6755399441055744.0)));
-    const __m256i e = _mm256_add_epi64(low, _mm256_set1_epi64x(1023));
-    return _mm256_mul_pd(x, _mm256_castsi256_pd(_mm256_slli_epi64(e, 52)));
-}
-INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and floor(x) */
-{
-    *n = _mm256_round_pd(x, 9); /* 9: downwards, no exceptions */
-    return _mm256_sub_pd(x, *n);
-}
-INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
-{
-    return _mm256_andnot_pd(_mm256_cmp_pd(n, v_set1(REAL_MIN_EXP), _CMP_LT_OQ), v_ldexp(x, n));
-}
-INLINE uint64_t v_le_bits(vec a, vec b)
-{
-    return (uint64_t)_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LE_OQ));
-}
-INLINE vmask v_mask(uint64_t bits)
-{
-    const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
-    const __m256i x = _mm256_and_si256(_mm256_set1_epi64x((long long)bits), lane);
-    return _mm256_castsi256_pd(_mm256_cmpeq_epi64(x, lane));
-}
-INLINE vmask v_mask_at(const uint64_t *word, int lane) { return v_mask(*word >> lane); }
 INLINE void v_transpose(vec x[LANES])
 {
     const vec a = _mm256_unpacklo_pd(x[0], x[1]), b = _mm256_unpackhi_pd(x[0], x[1]);

@@ -12,42 +12,43 @@
 #define DECODE_ACCUMULATORS 16
 #define ALL_LANES ((UINT64_C(1) << LANES) - 1)
 
+/* An intrinsic of the vector's type. */
 #if REAL_BITS == 32
 typedef __m512 vec;
 typedef __mmask16 vmask;
-INLINE vec v_set1(real x) { return _mm512_set1_ps(x); }
-INLINE vec v_load(const real *p) { return _mm512_loadu_ps(p); }
-INLINE void v_store(real *p, vec x) { _mm512_storeu_ps(p, x); }
-INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
-INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
-INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
-INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE vec v_abs(vec x) { return _mm512_abs_ps(x); }
-INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
-INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); } /* b where one is NaN */
-INLINE vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
-INLINE vec v_select_negative(vec sign, vec a, vec b)
-{
-    return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(sign)), a);
-}
+#define OP(name) _mm512_##name##_ps
+#define SIGN_BITS(x) _mm512_movepi32_mask(_mm512_castps_si512(x))
+#define COMPARE _mm512_cmp_ps_mask
+#else
+typedef __m512d vec;
+typedef __mmask8 vmask;
+#define OP(name) _mm512_##name##_pd
+#define SIGN_BITS(x) _mm512_movepi64_mask(_mm512_castpd_si512(x))
+#define COMPARE _mm512_cmp_pd_mask
+#endif
+
+#include "x86.h"
+
+INLINE vec v_abs(vec x) { return OP(abs)(x); }
+INLINE vec v_select(vmask m, vec a, vec b) { return OP(mask_mov)(b, m, a); }
+INLINE vec v_select_negative(vec sign, vec a, vec b) { return v_select(SIGN_BITS(sign), a, b); }
 INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
 {
-    const vec f = _mm512_reduce_ps(x, 8); /* 8: to nearest, no exceptions */
-    *n = _mm512_sub_ps(x, f);
+    const vec f = OP(reduce)(x, 8); /* 8: to nearest, no exceptions */
+    *n = v_sub(x, f);
     return f;
 }
-INLINE vec v_ldexp(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x * 2^n */
+INLINE vec v_ldexp(vec x, vec n) { return OP(scalef)(x, n); } /* x * 2^n */
 INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
 {
     *n = x; /* scalef takes its floor */
-    return _mm512_reduce_ps(x, 9); /* 9: downwards, no exceptions */
+    return OP(reduce)(x, 9); /* 9: downwards, no exceptions */
 }
 INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
 {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
+    return OP(maskz_scalef)(COMPARE(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
 }
-INLINE uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+INLINE uint64_t v_le_bits(vec a, vec b) { return COMPARE(a, b, _CMP_LE_OQ); }
 INLINE vmask v_mask(uint64_t bits) { return (vmask)bits; }
 INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
 {
@@ -55,19 +56,12 @@ INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane),
     memcpy(&m, (const char *)word + lane / 8, sizeof m);
     return m;
 }
+
+#if REAL_BITS == 32
 INLINE void v_transpose(vec x[LANES])
 {
-    vec t[16];
-    for (int i = 0; i < 16; i += 2) { /* pairs of rows, fours, then quarters of the vectors */
-        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-        x[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-        x[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        x[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
+    vec t[16]; /* fours, then quarters of the vectors */
+    for (int i = 0; i < 16; i += 4) transpose_fours(x + i, x + i);
     for (int i = 0; i < 4; i++) {
         t[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
@@ -99,16 +93,7 @@ INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
             y[c][i] = _mm512_insertf32x4(q, _mm_loadu_ps((const float *)(r3 + 16 * c)), 3);
         }
     }
-    for (int c = 0; c < 4; c++) {
-        const vec a = _mm512_unpacklo_ps(y[c][0], y[c][1]);
-        const vec b = _mm512_unpackhi_ps(y[c][0], y[c][1]);
-        const vec d = _mm512_unpacklo_ps(y[c][2], y[c][3]);
-        const vec e = _mm512_unpackhi_ps(y[c][2], y[c][3]);
-        x[4 * c] = _mm512_shuffle_ps(a, d, 0x44);
-        x[4 * c + 1] = _mm512_shuffle_ps(a, d, 0xee);
-        x[4 * c + 2] = _mm512_shuffle_ps(b, e, 0x44);
-        x[4 * c + 3] = _mm512_shuffle_ps(b, e, 0xee);
-    }
+    for (int c = 0; c < 4; c++) transpose_fours(y[c], x + 4 * c);
 }
 /* Lane i = the sum of x[i]'s lanes: within quarters as v_transpose pairs them, then the quarters.
  */
@@ -162,48 +147,6 @@ INLINE void v_store_bfloat(char *p, vec x) /* rounded to nearest even; NaN kept,
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
 #else
-typedef __m512d vec;
-typedef __mmask8 vmask;
-INLINE vec v_set1(real x) { return _mm512_set1_pd(x); }
-INLINE vec v_load(const real *p) { return _mm512_loadu_pd(p); }
-INLINE void v_store(real *p, vec x) { _mm512_storeu_pd(p, x); }
-INLINE vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
-INLINE vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
-INLINE vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
-INLINE vec v_div(vec a, vec b) { return _mm512_div_pd(a, b); }
-INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
-INLINE vec v_abs(vec x) { return _mm512_abs_pd(x); }
-INLINE vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
-INLINE vec v_min(vec a, vec b) { return _mm512_min_pd(a, b); }
-INLINE vec v_select(vmask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }
-INLINE vec v_select_negative(vec sign, vec a, vec b)
-{
-    return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(sign)), a);
-}
-INLINE vec v_split(vec x, vec *n) /* x = n + f, n the nearest integer */
-{
-    const vec f = _mm512_reduce_pd(x, 8); /* 8: to nearest, no exceptions */
-    *n = _mm512_sub_pd(x, f);
-    return f;
-}
-INLINE vec v_ldexp(vec x, vec n) { return _mm512_scalef_pd(x, n); } /* x * 2^n */
-INLINE vec v_fraction(vec x, vec *n) /* x - floor(x), and x for v_ldexp_or_zero */
-{
-    *n = x; /* scalef takes its floor */
-    return _mm512_reduce_pd(x, 9); /* 9: downwards, no exceptions */
-}
-INLINE vec v_ldexp_or_zero(vec x, vec n) /* x * 2^n, 0 where 2^n is below the normal numbers */
-{
-    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(n, v_set1(REAL_MIN_EXP), _CMP_NLT_UQ), x, n);
-}
-INLINE uint64_t v_le_bits(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
-INLINE vmask v_mask(uint64_t bits) { return (vmask)bits; }
-INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
-{
-    vmask m;
-    memcpy(&m, (const char *)word + lane / 8, sizeof m);
-    return m;
-}
 INLINE void v_transpose(vec x[LANES])
 {
     vec t[8];

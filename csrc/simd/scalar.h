@@ -108,13 +108,13 @@ INLINE void v_store_bfloat(char *p, vec x)
     memcpy(p, y, sizeof y);
 }
 #endif
-INLINE uint64_t v_bits(vmask m)
+INLINE uint64_t v_le_bits(vec a, vec b)
 {
+    const vmask m = a <= b;
     uint64_t bits = 0;
     for (int i = 0; i < LANES; i++) bits |= (uint64_t)(m[i] & 1) << i;
     return bits;
 }
-INLINE uint64_t v_le_bits(vec a, vec b) { return v_bits(a <= b); }
 INLINE vmask v_mask(uint64_t bits) /* the low LANES bits */
 {
     vmask m;

@@ -270,12 +270,8 @@ class KVCache:
         else:
             number = per_sequence("counts", counts, chosen, new, f"each must be from 0 to {new}")
         given = np.arange(new) < number[:, np.newaxis]  # (sequences, new)
-        rows = [x.swapaxes(1, 2)[given] for x in (key, value)]  # (tokens, Hkv, D)
-        pool.append(
-            chosen,
-            number,
-            [rounded(name, x, pool.code) for name, x in zip(("key", "value"), rows, strict=True)],
-        )
+        rows = {"key": key.swapaxes(1, 2)[given], "value": value.swapaxes(1, 2)[given]}
+        pool.append(chosen, number, [rounded(name, x, pool.code) for name, x in rows.items()])
 
     @overload
     def attend(

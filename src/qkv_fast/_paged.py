@@ -106,26 +106,18 @@ def paged_attention(
         Keys of each sequence, 0 to blocks * page_size.
     attn_mask : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
         Boolean: True where the query may attend to the key. Floating: added to the scores.
-    is_causal : bool
-        A query attends to the keys up to its own position only.
-    scale : float, optional
-        Factor of the scores; 1/√D by default.
+    is_causal, scale, window, softcap, alibi_slopes, sinks, return_lse, num_threads
+        As in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.
     query_offset : int or ints, shape broadcastable to (batch,), optional
         Position of a sequence's first query, where its first key is at 0. By default
         ``key_lengths - Lq``: the queries are its last tokens.
-    window, softcap, alibi_slopes, sinks
-        As in `scaled_dot_product_attention`.
     key_scales, value_scales : array of float32, shape (pages, Hkv, page_size)
         With int8 pages, and only with them: an int8 row stands for itself times its scale.
     out : ndarray or tensor, shape (batch, Hq, Lq, Dv), optional
         Where the result goes, and what is returned. It may be `query` itself or overlap any input.
         A call that is interrupted (KeyboardInterrupt) leaves it undefined.
-    return_lse : bool
-        Also return the log-sum-exp of the scores.
-    num_threads : int, optional
-        Threads of this call; see `get_num_threads` for the default.
     dtype : "bfloat16", optional
         Take uint16 arrays as the bit patterns of bfloat16, and return the result as one if query
         is.

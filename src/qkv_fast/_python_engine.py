@@ -92,22 +92,17 @@ def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
     q_len = p.query.shape[-2] if p.query_lengths is None else int(p.query_lengths[index])
     kv_len = p.kv_len if p.key_lengths is None else int(p.key_lengths[index])
     out = p.out.view(np.uint16) if p.out_code == BFLOAT16 else p.out
-    if p.block_table is None:
-        key, value = (
-            Rows(of_entry(rows, p.key_starts, kv_len), of_entry(scales), code, None)
-            for rows, scales, code in (
-                (p.key, p.key_scales, p.key_code),
-                (p.value, p.value_scales, p.value_code),
-            )
-        )
-    else:
-        blocks = p.block_table[index]
-        key = Rows(p.key, p.key_scales, p.key_code, blocks)
-        value = Rows(p.value, p.value_scales, p.value_code, blocks)
+    pages = None if p.block_table is None else p.block_table[index]
+
+    def rows(array: Array, scales: Array | None, code: int) -> Rows:
+        if pages is None:
+            array, scales = of_entry(array, p.key_starts, kv_len), of_entry(scales)
+        return Rows(array, scales, code, pages)
+
     return Entry(
         of_entry(p.query, p.query_starts, q_len),
-        key,
-        value,
+        rows(p.key, p.key_scales, p.key_code),
+        rows(p.value, p.value_scales, p.value_code),
         of_entry(p.attn_mask),
         of_entry(p.alibi_slopes),
         of_entry(out, p.query_starts, q_len),
@@ -136,10 +131,10 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
     """Compute rows of the query heads of some key heads."""
     real = np.float64 if p.code == FLOAT64 else np.float32
     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-    positions, keys = _visible_keys(p, entry, rows)
+    keys = _visible_keys(p, entry, rows)
     # (kv heads, group, rows, keys)
     scores = _products(p, entry, kv_heads, group, rows, keys)
-    scores, allowed = _modified(p, entry, scores, heads, rows, keys, positions)
+    scores, allowed = _modified(p, entry, scores, heads, rows, keys)
 
     lowest = np.finfo(real).min  # instead of -inf: all excluded, or every visible score is -inf
     row_max = scores.max(axis=-1, keepdims=True, initial=lowest)
@@ -184,19 +179,14 @@ def _products(
 
 
 def _modified(
-    p: Problem,
-    entry: Entry,
-    scores: Array,
-    heads: slice,
-    rows: slice,
-    keys: slice,
-    positions: Array,
+    p: Problem, entry: Entry, scores: Array, heads: slice, rows: slice, keys: slice
 ) -> tuple[Array, Array]:
     """Return the scores of the softmax, and whether a row may attend to a key."""
     real = scores.dtype.type
     scores *= real(p.scale)
     if p.softcap:
         scores = real(p.softcap) * np.tanh(scores / real(p.softcap))
+    positions = entry.offset + np.arange(rows.start, rows.stop)
     distance = positions[:, np.newaxis] - np.arange(keys.start, keys.stop)
     if entry.slopes is not None:
         slopes = entry.slopes[heads].reshape(*scores.shape[:2], 1, 1)
@@ -215,14 +205,14 @@ def _modified(
     return np.where(allowed, scores, -np.inf).astype(real, copy=False), allowed
 
 
-def _visible_keys(p: Problem, entry: Entry, rows: slice) -> tuple[Array, slice]:
-    """Return the positions of the rows, and the slice of keys that at least one row sees."""
+def _visible_keys(p: Problem, entry: Entry, rows: slice) -> slice:
+    """Return the keys that at least one row sees."""
     start, stop = 0, entry.kv_len
     if p.left < UNBOUNDED:
         start = min(stop, max(0, entry.offset + rows.start - p.left))
     if p.right < UNBOUNDED:
         stop = max(start, min(stop, entry.offset + rows.stop - 1 + p.right + 1))
-    return np.arange(entry.offset + rows.start, entry.offset + rows.stop), slice(start, stop)
+    return slice(start, stop)
 
 
 def _key_blocks(keys: slice, at_once: int) -> Iterator[tuple[slice, slice]]:

@@ -101,10 +101,8 @@ def varlen_attention(
         ``query[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``.
     cu_seqlens_k : ints, shape (sequences + 1,), optional
         Likewise for key and value; `cu_seqlens_q` by default.
-    is_causal : bool
-        A query attends to the keys up to its own position only.
-    scale : float, optional
-        Factor of the scores; 1/√D by default.
+    is_causal, scale, window, softcap, sinks, return_lse, num_threads, dtype
+        As in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.
     query_offset : int or ints, shape broadcastable to (sequences,), optional
@@ -112,8 +110,6 @@ def varlen_attention(
         its queries, so that the last query and the last key are at the same position
         (bottom-right, as in flash-attn). In `scaled_dot_product_attention` the default is 0
         (top-left, as in torch).
-    window, softcap, sinks
-        As in `scaled_dot_product_attention`.
     alibi_slopes : array, shape broadcastable to (sequences, Hq), optional
         ``-slope * abs(position - j)`` is added to the scores.
     key_lengths : int or ints, shape broadcastable to (sequences,), optional
@@ -121,12 +117,6 @@ def varlen_attention(
     out : ndarray or tensor, shape (total_q, Hq, Dv), optional
         Where the result goes, and what is returned. It may be `query` itself or overlap any input.
         A call that is interrupted (KeyboardInterrupt) leaves it undefined.
-    return_lse : bool
-        Also return the log-sum-exp of the scores.
-    num_threads : int, optional
-        Threads of this call; see `get_num_threads` for the default.
-    dtype : "bfloat16", optional
-        Take uint16 arrays as the bit patterns of bfloat16, and return the result as one.
 
     Returns
     -------

@@ -1,7 +1,5 @@
 """Engine "native", in Cython over the C kernels of csrc/.
 
-Imports point down only:
-
 Each module stands below those that import it:
 
     engine          run(): a call, and its scratch

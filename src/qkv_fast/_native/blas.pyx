@@ -71,16 +71,19 @@ cdef void multiply(bint transposed, Py_ssize_t rows, Py_ssize_t depth, real *C, 
         row += row_step
 
 
-cdef void rescale_rows(real *acc, Py_ssize_t rows, const real *rescale) noexcept nogil:
-    """acc[d][i] *= rescale[i], where some rescale is not 1."""
+cdef void accumulate(real *acc, const real *P, const real *V, Py_ssize_t stride, Py_ssize_t nk,
+                     Py_ssize_t Dv, const real *rescale) noexcept nogil:
+    """acc = acc rescale + Vᵀ P; rescale NULL: acc is overwritten"""
     cdef Py_ssize_t d, i
     cdef bint rescales = False
-    for i in range(TILE):
-        rescales |= rescale[i] != 1
+    if rescale != NULL:
+        for i in range(TILE):
+            rescales |= rescale[i] != 1
     if rescales:
-        for d in range(rows):
+        for d in range(Dv):
             for i in range(TILE):
                 acc[d * TILE + i] *= rescale[i]
+    multiply(True, Dv, nk, acc, P, V, stride // <Py_ssize_t>sizeof(real), rescale == NULL)
 
 
 cdef void scores_f32(void *S, const void *Qt, const char *K, Py_ssize_t stride, Py_ssize_t nk,
@@ -98,19 +101,15 @@ cdef void scores_f64(void *S, const void *Qt, const char *K, Py_ssize_t stride, 
 cdef void accumulate_f32(void *acc, const void *P, const char *V, Py_ssize_t stride, Py_ssize_t nk,
                          Py_ssize_t Dv, int nvec, const void *rescale,
                          const qkv_span *span) noexcept nogil:
-    if rescale != NULL:
-        rescale_rows(<float *>acc, Dv, <const float *>rescale)
-    multiply(True, Dv, nk, <float *>acc, <const float *>P, <const float *>V, stride // 4,
-             rescale == NULL)
+    accumulate(<float *>acc, <const float *>P, <const float *>V, stride, nk, Dv,
+               <const float *>rescale)
 
 
 cdef void accumulate_f64(void *acc, const void *P, const char *V, Py_ssize_t stride, Py_ssize_t nk,
                          Py_ssize_t Dv, int nvec, const void *rescale,
                          const qkv_span *span) noexcept nogil:
-    if rescale != NULL:
-        rescale_rows(<double *>acc, Dv, <const double *>rescale)
-    multiply(True, Dv, nk, <double *>acc, <const double *>P, <const double *>V, stride // 8,
-             rescale == NULL)
+    accumulate(<double *>acc, <const double *>P, <const double *>V, stride, nk, Dv,
+               <const double *>rescale)
 
 
 cdef void make_tables():

@@ -17,12 +17,12 @@ from .kernels cimport QKV_KEY_RUN
 from .key_runs cimport KeyRuns, find_interleaved_runs, load_key_runs
 from .parallel cimport goes_on
 from .query_tile cimport place_tile
-from .rows cimport load_key_scales, load_value_scales, read_reals, write_row
+from .rows cimport load_scales, read_reals, write_row
 from .scores cimport find_visibility, modify_scores
 from .softmax_state cimport finish_state, merge_partials, save_partial, weigh_scores
 from .tuning cimport KV_SPLIT, MAX_HEADS
 from .types cimport (
-    HeadView, KVBlock, Launch, PartialState, Plan, QueryTile, SequencePlan, TensorView, Visibility,
+    HeadRows, HeadView, KVBlock, Launch, PartialState, Plan, QueryTile, SequencePlan, Visibility,
     get_real, open_block, tile_of,
 )
 
@@ -40,6 +40,7 @@ cdef void run_decode_task(const Launch *launch, const HeadView *head,
     cdef QueryTile *tile = NULL
     for i in range(count):
         heads[i] = head[0]
+        heads[i].value.copies = head.key.copies  # a block's keys are done with before its values
         move_head(plan, &heads[i], i)
         tile = open_tile(plan, &heads[i])
     attend_keys(plan, heads, count, max(begin, tile.begin_min),
@@ -57,10 +58,10 @@ cdef void move_head(const Plan *plan, HeadView *head, int number) noexcept nogil
     """Move to the head of that number in the task."""
     head.number = number
     head.kv_head += number
-    head.key += number * plan.key.head
-    head.value += number * plan.value.head
-    head.key_scales += number * plan.key_scales.head
-    head.value_scales += number * plan.value_scales.head
+    head.key.data += number * plan.key.head
+    head.value.data += number * plan.value.head
+    head.key_scales.data += number * plan.key_scales.head
+    head.value_scales.data += number * plan.value_scales.head
 
 
 cdef QueryTile *open_tile(const Plan *plan, const HeadView *head) noexcept nogil:
@@ -131,13 +132,11 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
         tile.has_keys |= visible.has_keys
         return
     nk = visible.nk - block.before_window
-    load_key_runs(plan, head, &plan.key, head.key, plan.head_dim, block, visible.nk, tile.end_max,
-                  &runs)
+    load_key_runs(plan, &head.key, block, visible.nk, tile.end_max, &runs)
     compute_scores(plan, tile, &runs, 0, block.before_window, nk, tile.lanes)
     modify_scores(plan, head, tile, block, &visible)
     weigh_scores(plan, head, tile, block, &visible)
-    load_key_runs(plan, head, &plan.value, head.value, plan.v_dim, block, visible.nk, tile.end_max,
-                  &runs)
+    load_key_runs(plan, &head.value, block, visible.nk, tile.end_max, &runs)
     accumulate_values(plan, tile, &runs, 0, block.before_window, nk, tile.lanes, True,
                       visible.partial)
 
@@ -158,15 +157,13 @@ cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int i
         step = plan.adjacent_keys
     while ld < tile.count:
         ld *= 2
-    list_runs(plan, heads, &plan.key, heads.key, plan.head_dim, count, interleaved, block, nk,
-              &runs)
+    list_runs(plan, heads, &heads.key, count, interleaved, block, nk, &runs)
     while k < nk:
         for h in range(count):
             compute_scores(plan, tile_of(plan, heads, first + h), &runs, run, k, step, ld)
             run += <int>(step // QKV_KEY_RUN)
         k += step
-    list_runs(plan, heads, &plan.value, heads.value, plan.v_dim, count, interleaved, block, nk,
-              &runs)
+    list_runs(plan, heads, &heads.value, count, interleaved, block, nk, &runs)
     k = begin
     run = 0
     while k < nk:
@@ -175,24 +172,24 @@ cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int i
             tile = tile_of(plan, heads, first + h)
             if k == begin:
                 plan.kernels.decode_softmax(
-                    tile.scores, nk, <int>ld, load_key_scales(plan, head, block, nk),
-                    load_value_scales(plan, head, block, nk), tile.row_max, tile.row_sum,
+                    tile.scores, nk, <int>ld, load_scales(&head.key_scales, block, nk),
+                    load_scales(&head.value_scales, block, nk), tile.row_max, tile.row_sum,
                     tile.rescale)
             accumulate_values(plan, tile, &runs, run, k, step, ld, k == begin, False)
             run += <int>(step // QKV_KEY_RUN)
         k += step
 
 
-cdef inline void list_runs(const Plan *plan, const HeadView *heads, const TensorView *view,
-                           const char *rows, Py_ssize_t length, int count, int interleaved,
-                           const KVBlock *block, Py_ssize_t nk, KeyRuns *runs) noexcept nogil:
+cdef inline void list_runs(const Plan *plan, const HeadView *heads, const HeadRows *rows,
+                           int count, int interleaved, const KVBlock *block, Py_ssize_t nk,
+                           KeyRuns *runs) noexcept nogil:
     """List the runs of a block's keys or values for attend_whole."""
     cdef int64_t key_end = tile_of(plan, heads, heads.number).end_max
     if interleaved > 1:
-        find_interleaved_runs(plan, heads, view, rows, block.begin,
-                              <int>(count * nk // QKV_KEY_RUN), interleaved, key_end, runs)
+        find_interleaved_runs(plan, heads, rows, block.begin, <int>(count * nk // QKV_KEY_RUN),
+                              interleaved, key_end, runs)
     else:
-        load_key_runs(plan, heads, view, rows, length, block, nk, key_end, runs)
+        load_key_runs(plan, rows, block, nk, key_end, runs)
 
 
 cdef inline void compute_scores(const Plan *plan, QueryTile *tile, const KeyRuns *runs, int run,

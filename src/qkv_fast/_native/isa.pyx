@@ -17,9 +17,6 @@ cdef extern from *:
     """
     const char *QKV_COMPILER
 
-cdef dict executable = {}               # an ISA's index by its name
-
-
 cdef int count_isas() noexcept:
     """Return how many ISAs this build has tables for."""
     cdef int count = 0
@@ -28,14 +25,8 @@ cdef int count_isas() noexcept:
     return count
 
 
-cdef void find_executable():
-    cdef int index
-    for index in range(count_isas()):
-        if qkv_isa_runs(index):
-            executable[qkv_isa_name(index).decode()] = index
-
-
-find_executable()
+cdef dict executable = {                # the index of an ISA by its name
+    qkv_isa_name(index).decode(): index for index in range(count_isas()) if qkv_isa_runs(index)}
 
 
 cdef int index_of(str isa) except -1:

@@ -18,8 +18,7 @@ from .kernels cimport qkv_prefetch_rows, qkv_span, qkv_tile_kernels
 from .parallel cimport goes_on
 from .query_tile cimport place_tile
 from .rows cimport (
-    gather_queries, load_finite_values, load_keys, load_value_rows, load_values, plan_prefetch,
-    write_row,
+    gather_queries, load_keys, load_value_rows, load_values, plan_prefetch, write_row,
 )
 from .scores cimport find_visibility, modify_scores
 from .softmax_state cimport finish_state, fold_before, weigh_scores
@@ -93,7 +92,7 @@ cdef void compute_scores(const Plan *plan, const HeadView *head, QueryTile *tile
     if block.keys == NULL:
         load_keys(plan, head, block)
     if prefetches:
-        plan_prefetch(plan, head, tile, block, prefetch)
+        plan_prefetch(head, tile, block, prefetch)
     plan.kernels.scores(tile.scores, tile.query, block.keys, block.key_stride, visible.nk,
                         plan.head_dim, tile.nvec, tile.span if visible.partial else NULL,
                         prefetch if prefetches else NULL)
@@ -118,10 +117,8 @@ cdef void accumulate_values(const Plan *plan, const HeadView *head, QueryTile *t
         block.finite = kernels.all_finite(block.value_rows, block.row_stride, block.nk,
                                           plan.v_dim)
     cdef bint splits = block.finite == 0 and (visible.partial or nk < block.nk)
-    if splits:
-        load_finite_values(plan, head, block)
-    elif block.values == NULL:
-        load_values(plan, head, block)
+    if splits or block.values == NULL:
+        load_values(plan, head, block, splits)
     kernels.accumulate(tile.acc, tile.scores, block.values, block.value_stride, nk, plan.v_dim,
                        tile.nvec, rescale, span)
     if splits:

@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t
 
 from .softmax_state cimport reset_state
-from .types cimport UNBOUNDED, HeadView, Plan, QueryTile, round_up, set_real, tile_of
+from .types cimport UNBOUNDED, HeadView, Plan, QueryTile, set_real, tile_of
 
 
 cdef void place_row(const Plan *plan, const HeadView *head, QueryTile *tile, int i,

@@ -12,7 +12,7 @@ from .kernels cimport (
     qkv_write_row, qkv_zero_nonfinite,
 )
 from .tuning cimport ALIGNMENT, PREFETCH_DISTANCE
-from .types cimport HeadView, KVBlock, Plan, QueryTile, TensorView, size_of
+from .types cimport HeadRows, HeadView, KVBlock, Plan, QueryTile, TensorView, size_of
 
 cdef extern from *:
     void prefetch_line "__builtin_prefetch"(const void *) nogil
@@ -67,115 +67,107 @@ cdef void gather_queries(const Plan *plan, const HeadView *head, QueryTile *tile
 
 # --- The rows of a block of keys ----------------------------------------------------------------
 
-cdef void gather(const Plan *plan, const HeadView *head, const TensorView *view, const char *rows,
-                 int64_t begin, Py_ssize_t nk, Py_ssize_t length, char *row,
+cdef void gather(const Plan *plan, const HeadRows *rows, int64_t begin, Py_ssize_t nk, char *row,
                  Py_ssize_t row_bytes) noexcept nogil:
     """Copy nk rows from key `begin` on to inputs side by side, each padded with zeros."""
-    cdef Py_ssize_t i = 0, j, count, bytes = length * plan.input_bytes
+    cdef Py_ssize_t i = 0, j, count, bytes = rows.length * plan.input_bytes
     cdef const char *source
     while i < nk:
         count = nk - i
-        source = find_row(plan, head, view, rows, begin + i, &count)
+        source = find_row(rows, begin + i, &count)
         for j in range(count):
-            if view.contiguous and view.type == plan.kernels.input_type:
+            if rows.view.contiguous and rows.view.type == plan.kernels.input_type:
                 memcpy(row, source, bytes)
             else:
-                read_inputs(plan, row, view, source, length)
+                read_inputs(plan, row, rows.view, source, rows.length)
             memset(row + bytes, 0, row_bytes - bytes)
-            source += view.row
+            source += rows.view.row
             row += row_bytes
         i += count
 
 
-cdef inline void gather_block(const Plan *plan, const HeadView *head, const TensorView *view,
-                              const char *rows, const KVBlock *block, Py_ssize_t length, char *row,
-                              Py_ssize_t row_bytes) noexcept nogil:
-    """Copy the block's rows; those before the window become zeros."""
+cdef void gather_block(const Plan *plan, const HeadRows *rows, const KVBlock *block,
+                       Py_ssize_t row_bytes) noexcept nogil:
+    """Copy the block's rows to rows.copies; those before the window become zeros."""
     cdef Py_ssize_t before = block.before_window
-    memset(row, 0, before * row_bytes)
-    gather(plan, head, view, rows, block.begin + before, block.nk - before, length,
-           row + before * row_bytes, row_bytes)
+    memset(rows.copies, 0, before * row_bytes)
+    gather(plan, rows, block.begin + before, block.nk - before, rows.copies + before * row_bytes,
+           row_bytes)
 
 
-cdef bint in_one_page(const Plan *plan, const HeadView *head, const KVBlock *block) noexcept nogil:
-    return head.pages == NULL or block.begin % plan.page_size + block.nk <= plan.page_size
+cdef bint in_one_page(const HeadRows *rows, const KVBlock *block) noexcept nogil:
+    return rows.pages == NULL or block.begin % rows.page_size + block.nk <= rows.page_size
 
 
 cdef void load_keys(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
     """Point block.keys at the keys in place or, where kernels need it, at padded copies."""
     cdef Py_ssize_t step = plan.kernels.row_step, count = block.nk
-    cdef char *row = head.scratch + plan.layout.keys
     if (plan.key.contiguous and plan.head_dim % plan.kernels.depth_step == 0
-            and block.nk % step == 0 and in_one_page(plan, head, block)):
-        block.keys = find_row(plan, head, &plan.key, head.key, block.begin, &count)
+            and block.nk % step == 0 and in_one_page(&head.key, block)):
+        block.keys = find_row(&head.key, block.begin, &count)
         block.key_stride = plan.key.row
         return
-    block.keys = row
+    block.keys = head.key.copies
     block.key_stride = plan.key_bytes
-    gather_block(plan, head, &plan.key, head.key, block, plan.head_dim, row, plan.key_bytes)
+    gather_block(plan, &head.key, block, plan.key_bytes)
     count = (block.nk + step - 1) // step * step - block.nk
-    memset(row + block.nk * plan.key_bytes, 0, count * plan.key_bytes)
+    memset(head.key.copies + block.nk * plan.key_bytes, 0, count * plan.key_bytes)
 
 
 cdef void load_value_rows(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
     """Point block.value_rows at the values in place, or at copies."""
     cdef Py_ssize_t count = block.nk
-    if plan.value.contiguous and in_one_page(plan, head, block):
-        block.value_rows = find_row(plan, head, &plan.value, head.value, block.begin, &count)
+    if plan.value.contiguous and in_one_page(&head.value, block):
+        block.value_rows = find_row(&head.value, block.begin, &count)
         block.row_stride = plan.value.row
         return
-    block.value_rows = head.scratch + plan.layout.values
+    block.value_rows = head.value.copies
     block.row_stride = plan.v_dim * plan.input_bytes
-    gather_block(plan, head, &plan.value, head.value, block, plan.v_dim,
-                 head.scratch + plan.layout.values, block.row_stride)
+    gather_block(plan, &head.value, block, block.row_stride)
 
 
-cdef void pack_values(const Plan *plan, const HeadView *head, KVBlock *block, const char *rows,
-                      Py_ssize_t stride) noexcept nogil:
-    """Point block.values at the rows as accumulate reads them."""
-    block.values = rows
-    block.value_stride = stride
-    if plan.kernels.pack_values != NULL:
-        block.values = head.scratch + plan.layout.packed_values
-        block.value_stride = plan.packed_stride
-        plan.kernels.pack_values(<void *>block.values, plan.packed_stride, rows, stride, block.nk,
-                                 plan.v_dim)
+cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block,
+                      bint finite) noexcept nogil:
+    """Point block.values at block.value_rows as accumulate reads them.
 
-
-cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block) noexcept nogil:
-    """Make block.values ready from block.value_rows."""
-    pack_values(plan, head, block, block.value_rows, block.row_stride)
-
-
-cdef void load_finite_values(const Plan *plan, const HeadView *head,
-                             KVBlock *block) noexcept nogil:
-    """Make block.values ready with 0 in place of infinities and NaN."""
+    finite: with 0 in place of infinities and NaN.
+    """
     cdef Py_ssize_t i, row_bytes = plan.v_dim * plan.input_bytes
     cdef char *row = head.gathered
-    for i in range(block.nk):
-        memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
-        qkv_zero_nonfinite(row, plan.kernels.input_type, plan.v_dim)
-        row += row_bytes
-    pack_values(plan, head, block, head.gathered, row_bytes)
+    block.values = block.value_rows
+    block.value_stride = block.row_stride
+    if finite:
+        for i in range(block.nk):
+            memcpy(row, block.value_rows + i * block.row_stride, row_bytes)
+            qkv_zero_nonfinite(row, plan.kernels.input_type, plan.v_dim)
+            row += row_bytes
+        block.values = head.gathered
+        block.value_stride = row_bytes
+    if plan.kernels.pack_values != NULL:
+        row = head.scratch + plan.layout.packed_values
+        plan.kernels.pack_values(row, plan.packed_stride, block.values, block.value_stride,
+                                 block.nk, plan.v_dim)
+        block.values = row
+        block.value_stride = plan.packed_stride
 
 
 # --- Scales of int8 rows ------------------------------------------------------------------------
 
-cdef const float *load_scales(const Plan *plan, const HeadView *head, const TensorView *view,
-                              const char *rows, const KVBlock *block, Py_ssize_t nk,
-                              float *scales) noexcept nogil:
+cdef const float *load_scales(const HeadRows *rows, const KVBlock *block,
+                              Py_ssize_t nk) noexcept nogil:
     """Copy the scales of the block's first nk rows side by side; NULL where there are none."""
+    cdef float *scales = <float *>rows.copies
     cdef Py_ssize_t i, count
     cdef const char *source
-    if view.data == NULL:
+    if rows.view.data == NULL:
         return NULL
     for i in range(block.before_window):
         scales[i] = 0
     i = block.before_window
     while i < nk:
         count = nk - i
-        source = find_row(plan, head, view, rows, block.begin + i, &count)
-        if view.row == sizeof(float):
+        source = find_row(rows, block.begin + i, &count)
+        if rows.view.row == sizeof(float):
             memcpy(&scales[i], source, count * sizeof(float))
             i += count
             while count > 0:            # prefetch those of the next block
@@ -185,47 +177,32 @@ cdef const float *load_scales(const Plan *plan, const HeadView *head, const Tens
             continue
         while count > 0:
             memcpy(&scales[i], source, sizeof(float))
-            source += view.row
+            source += rows.view.row
             count -= 1
             i += 1
     return scales
 
 
-cdef const float *load_key_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
-                                  Py_ssize_t nk) noexcept nogil:
-    return load_scales(plan, head, &plan.key_scales, head.key_scales, block, nk,
-                       <float *>(head.scratch + plan.layout.key_scales))
-
-
-cdef const float *load_value_scales(const Plan *plan, const HeadView *head, const KVBlock *block,
-                                    Py_ssize_t nk) noexcept nogil:
-    return load_scales(plan, head, &plan.value_scales, head.value_scales, block, nk,
-                       <float *>(head.scratch + plan.layout.value_scales))
-
-
 # --- Prefetching --------------------------------------------------------------------------------
 
-cdef inline void prefetch_keys(const Plan *plan, const HeadView *head, const TensorView *view,
-                               const char *rows, Py_ssize_t length, int64_t begin, int64_t end,
+cdef inline void prefetch_keys(const HeadRows *rows, int64_t begin, int64_t end,
                                qkv_prefetch_rows *prefetch) noexcept nogil:
     """Name the rows of the keys [begin, end), as far as they lie in one page."""
-    prefetch.row = rows
-    prefetch.stride = view.row
-    prefetch.bytes = length * size_of(view.type)
+    prefetch.row = rows.data
+    prefetch.stride = rows.view.row
+    prefetch.bytes = rows.length * size_of(rows.view.type)
     prefetch.count = max(0, end - begin)
     prefetch.at = 0
     if begin < end:
-        prefetch.row = find_row(plan, head, view, rows, begin, &prefetch.count)
+        prefetch.row = find_row(rows, begin, &prefetch.count)
 
 
-cdef void plan_prefetch(const Plan *plan, const HeadView *head, const QueryTile *tile,
-                        const KVBlock *block, qkv_prefetch_rows *prefetch) noexcept nogil:
+cdef void plan_prefetch(const HeadView *head, const QueryTile *tile, const KVBlock *block,
+                        qkv_prefetch_rows *prefetch) noexcept nogil:
     """Name what to prefetch while a block's scores are computed: keys to come, and its values."""
     cdef int64_t end = block.begin + block.nk
     cdef int64_t begin = end            # keys that were converted have been read already
-    if block.keys != head.scratch + plan.layout.keys:
+    if block.keys != head.key.copies:
         begin = min(end, block.begin + PREFETCH_DISTANCE)
-    prefetch_keys(plan, head, &plan.key, head.key, plan.head_dim, begin,
-                  min(tile.end_max, begin + block.nk), &prefetch[0])
-    prefetch_keys(plan, head, &plan.value, head.value, plan.v_dim, block.begin,
-                  min(tile.end_max, end), &prefetch[1])
+    prefetch_keys(&head.key, begin, min(tile.end_max, begin + block.nk), &prefetch[0])
+    prefetch_keys(&head.value, block.begin, min(tile.end_max, end), &prefetch[1])

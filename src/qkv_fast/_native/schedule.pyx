@@ -19,7 +19,7 @@ from .parallel cimport look_for_signals
 from .prefill cimport run_prefill_task
 from .tuning cimport BATCHES_PER_LOOK, KV_SPLIT
 from .types cimport (
-    UNBOUNDED, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
+    UNBOUNDED, HeadRows, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
     batch_entry, is_shared, lanes_per_step,
 )
 
@@ -147,9 +147,24 @@ cdef inline Py_ssize_t find_sequence(const Launch *launch, Py_ssize_t task) noex
     return low
 
 
+cdef void open_rows(const Plan *plan, const SequencePlan *sequence, const TensorView *view,
+                    Py_ssize_t length, Py_ssize_t kv_head, char *copies,
+                    HeadRows *rows) noexcept nogil:
+    """Note where the keys, the values or the scales of a batch entry's KV head lie."""
+    rows.view = view
+    rows.copies = copies
+    rows.length = length
+    rows.page_size = plan.page_size
+    rows.pages = <const int64_t *>batch_entry(plan, &plan.block_table, sequence.batch)
+    rows.data = view.data
+    if rows.pages == NULL:
+        rows.data = batch_entry(plan, view, sequence.batch) + sequence.k_start * view.row
+    rows.data += kv_head * view.head
+
+
 cdef void open_head(const Plan *plan, const SequencePlan *sequence, Py_ssize_t kv_head,
                     HeadView *head) noexcept nogil:
-    """Note where the rows of a batch entry's KV head lie."""
+    """Note where the rows of a batch entry's KV head lie, besides the scratch."""
     cdef Py_ssize_t batch = sequence.batch
     head.kv_head = kv_head
     head.number = 0
@@ -163,22 +178,14 @@ cdef void open_head(const Plan *plan, const SequencePlan *sequence, Py_ssize_t k
         head.lse += sequence.q_start * plan.lse.row
     head.mask = batch_entry(plan, &plan.mask, batch)
     head.slopes = batch_entry(plan, &plan.slopes, batch)
-    head.pages = NULL
-    head.key = plan.key.data
-    head.value = plan.value.data
-    head.key_scales = plan.key_scales.data
-    head.value_scales = plan.value_scales.data
-    if plan.block_table.data != NULL:
-        head.pages = <const int64_t *>batch_entry(plan, &plan.block_table, batch)
-    else:
-        head.key = batch_entry(plan, &plan.key, batch) + sequence.k_start * plan.key.row
-        head.value = batch_entry(plan, &plan.value, batch) + sequence.k_start * plan.value.row
-        head.key_scales = batch_entry(plan, &plan.key_scales, batch)
-        head.value_scales = batch_entry(plan, &plan.value_scales, batch)
-    head.key += kv_head * plan.key.head
-    head.value += kv_head * plan.value.head
-    head.key_scales += kv_head * plan.key_scales.head
-    head.value_scales += kv_head * plan.value_scales.head
+    open_rows(plan, sequence, &plan.key, plan.head_dim, kv_head,
+              head.scratch + plan.layout.keys, &head.key)
+    open_rows(plan, sequence, &plan.value, plan.v_dim, kv_head,
+              head.scratch + plan.layout.values, &head.value)
+    open_rows(plan, sequence, &plan.key_scales, 1, kv_head,
+              head.scratch + plan.layout.key_scales, &head.key_scales)
+    open_rows(plan, sequence, &plan.value_scales, 1, kv_head,
+              head.scratch + plan.layout.value_scales, &head.value_scales)
 
 
 cdef void run_task(const void *context, int thread, Py_ssize_t task) noexcept nogil:
@@ -192,10 +199,10 @@ cdef void run_task(const void *context, int thread, Py_ssize_t task) noexcept no
     cdef const Plan *plan = &launch.decode if sequence.is_decode else &launch.prefill
     cdef Py_ssize_t heads = task // sequence.tasks_per_head
     task %= sequence.tasks_per_head
-    open_head(plan, &sequence, heads * plan.heads_per_task, &head)
     head.on_caller = thread == 0
     head.scratch = launch.scratch + thread * launch.scratch_bytes
     head.gathered = head.scratch + plan.layout.gathered
+    open_head(plan, &sequence, heads * plan.heads_per_task, &head)
     if plan.kernels.enter != NULL:
         plan.kernels.enter()
     if sequence.is_decode:

@@ -8,15 +8,11 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memchr, memset
 
 from .kernels cimport QKV_BOOL, qkv_tile_kernels
-from .rows cimport load_key_scales, read_reals
+from .rows cimport load_scales, read_reals
 from .types cimport (
     UNBOUNDED, HeadView, KVBlock, Plan, QueryTile, Visibility, is_additive, is_shared, lane_bits,
     real,
 )
-
-
-cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
-    return low if x < low else high if x > high else x
 
 
 cdef void subtract_origin(real *reals, const int64_t *values, int64_t origin, int64_t low,
@@ -24,7 +20,7 @@ cdef void subtract_origin(real *reals, const int64_t *values, int64_t origin, in
     """reals[i] = values[i] - origin, limited to [low, high]"""
     cdef int i
     for i in range(count):
-        reals[i] = <real>clamp(values[i] - origin, low, high)
+        reals[i] = <real>min(max(values[i] - origin, low), high)
 
 
 cdef void set_relative(const Plan *plan, void *reals, const int64_t *values, int64_t origin,
@@ -160,7 +156,7 @@ cdef void modify_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
     cdef const qkv_tile_kernels *kernels = plan.kernels
     cdef Py_ssize_t nk = visible.nk
     if plan.key_scales.data != NULL:
-        kernels.scale_keys(tile.scores, nk, tile.nvec, load_key_scales(plan, head, block, nk), 0)
+        kernels.scale_keys(tile.scores, nk, tile.nvec, load_scales(&head.key_scales, block, nk), 0)
     if not plan.has_modifiers:
         return                          # the softmax multiplies by score_scale
     if plan.score_scale != 1:

@@ -9,41 +9,39 @@ arXiv:1805.02867, algorithm 3; kept a block at a time as in Dao et al. 2022, arX
 """
 
 from libc.math cimport INFINITY, M_LN2, M_LOG2E, exp2, log
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from .kernels cimport qkv_tile_kernels
-from .rows cimport load_value_scales
+from .rows cimport load_scales
 from .types cimport (
-    HeadView, KVBlock, PartialState, Plan, QueryTile, Visibility, real, round_up,
+    HeadView, KVBlock, PartialState, Plan, QueryTile, Visibility, get_real, real, round_up,
+    set_real,
 )
 
 cdef extern from "<float.h>":
     double FLT_MAX, DBL_MAX
 
 
-cdef inline real lowest(const real *unused) noexcept nogil:
+cdef inline double lowest(int real_bytes) noexcept nogil:
     """Return the lowest finite real: row_max before the first key."""
-    return -FLT_MAX if real is float else -DBL_MAX
-
-
-cdef void reset_rows(real *row_max, real *row_sum, int count) noexcept nogil:
-    cdef int i
-    for i in range(count):
-        row_max[i] = lowest(row_max)
-        row_sum[i] = 0
+    return -FLT_MAX if real_bytes == 4 else -DBL_MAX
 
 
 cdef void reset_state(const Plan *plan, QueryTile *tile) noexcept nogil:
     """Make the state that of no keys."""
+    cdef int i, real_bytes = plan.kernels.real_bytes
     tile.first_block = True
     tile.folded = False
     tile.fold_index = -1
     tile.has_keys = 0
-    if plan.kernels.real_bytes == 4:
-        reset_rows(<float *>tile.row_max, <float *>tile.row_sum, tile.lanes)
+    memset(tile.row_sum, 0, tile.lanes * real_bytes)
+    if real_bytes == 4:
+        for i in range(tile.lanes):
+            (<float *>tile.row_max)[i] = -FLT_MAX
     else:
-        reset_rows(<double *>tile.row_max, <double *>tile.row_sum, tile.lanes)
+        for i in range(tile.lanes):
+            (<double *>tile.row_max)[i] = -DBL_MAX
 
 
 cdef void weigh_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
@@ -56,26 +54,18 @@ cdef void weigh_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
                     1.0 if plan.has_modifiers else plan.score_scale, tile.row_max, tile.row_sum,
                     tile.rescale)
     if plan.value_scales.data != NULL:
-        kernels.scale_keys(tile.scores, nk, tile.nvec, load_value_scales(plan, head, block, nk), 1)
+        kernels.scale_keys(tile.scores, nk, tile.nvec,
+                           load_scales(&head.value_scales, block, nk), 1)
 
 
 # --- Folding: sums of sums, whose error does not grow with the number of keys -------------------
-
-cdef void find_rescale(real *rescale, real *fold_max, const real *row_max,
-                       int count) noexcept nogil:
-    """rescale = 2^(fold_max - row_max), for sums that were taken with fold_max."""
-    cdef int i
-    for i in range(count):
-        rescale[i] = 1
-        if fold_max[i] != row_max[i]:
-            rescale[i] = <real>exp2(<double>fold_max[i] - <double>row_max[i])
-        fold_max[i] = row_max[i]
-
 
 cdef void fold(const Plan *plan, QueryTile *tile, bint finish) noexcept nogil:
     """Move acc and row_sum to total and total_sum; finish: and the whole sums back."""
     cdef const qkv_tile_kernels *kernels = plan.kernels
     cdef Py_ssize_t row_bytes = tile.lanes * kernels.real_bytes
+    cdef double before, now
+    cdef int i
     if not tile.folded:
         memset(tile.total, 0, plan.v_dim * row_bytes)
         memset(tile.error, 0, plan.v_dim * row_bytes)
@@ -83,12 +73,11 @@ cdef void fold(const Plan *plan, QueryTile *tile, bint finish) noexcept nogil:
         memset(tile.sum_error, 0, row_bytes)
         memcpy(tile.fold_max, tile.row_max, row_bytes)
         tile.folded = True
-    if kernels.real_bytes == 4:
-        find_rescale(<float *>tile.rescale, <float *>tile.fold_max, <const float *>tile.row_max,
-                     tile.lanes)
-    else:
-        find_rescale(<double *>tile.rescale, <double *>tile.fold_max,
-                     <const double *>tile.row_max, tile.lanes)
+    for i in range(tile.lanes):         # the total was taken with fold_max
+        before = get_real(tile.fold_max, i, kernels.real_bytes)
+        now = get_real(tile.row_max, i, kernels.real_bytes)
+        set_real(tile.rescale, i, kernels.real_bytes, 1 if before == now else exp2(before - now))
+    memcpy(tile.fold_max, tile.row_max, row_bytes)
     if tile.first_block:
         memset(tile.acc, 0, plan.v_dim * row_bytes)
     kernels.fold(tile.total, tile.error, tile.acc, plan.v_dim, tile.nvec, tile.rescale, finish)
@@ -119,42 +108,29 @@ cdef double weight_with_sink(double row_max, double row_sum, double sink) noexce
     return weight / (row_sum * weight + exp2(sink - top))
 
 
-cdef void finish_rows(const Plan *plan, const HeadView *head, QueryTile *tile,
-                      const real *row_max, const real *row_sum, real *weight) noexcept nogil:
-    """Set what acc is to be multiplied by, and write the log-sum-exp, of each row."""
-    cdef int i
-    cdef bint has_keys
-    for i in range(tile.count):
-        has_keys = tile.has_keys >> i & 1
-        weight[i] = 0
-        if has_keys and plan.sinks == NULL:
-            weight[i] = <real>(1 / <double>row_sum[i])
-        elif has_keys:
-            weight[i] = <real>weight_with_sink(row_max[i], row_sum[i], M_LOG2E * plan.sinks[
-                head.kv_head * plan.group + (tile.row_begin + i) // head.q_len])
-        if head.lse == NULL:
-            continue
-        if not has_keys:
-            (<real *>tile.lse_rows[i])[0] = <real>-INFINITY
-        elif row_max[i] == lowest(row_max):  # a bias of finfo.min, which the kernel limited to that
-            (<real *>tile.lse_rows[i])[0] = <real>(<double>row_max[i] + log(<double>row_sum[i]))
-        else:
-            (<real *>tile.lse_rows[i])[0] = <real>(
-                <double>row_max[i] * M_LN2 + log(<double>row_sum[i]))
-    for i in range(tile.count, tile.lanes):
-        weight[i] = 0
-
-
 cdef void finish_state(const Plan *plan, const HeadView *head, QueryTile *tile) noexcept nogil:
     """Set tile.weight, which turns acc into the answer, and write the log-sum-exps."""
+    cdef int i, real_bytes = plan.kernels.real_bytes
+    cdef double row_max, row_sum, weight, lse
+    cdef bint has_keys
     if tile.folded:
         fold(plan, tile, True)
-    if plan.kernels.real_bytes == 4:
-        finish_rows(plan, head, tile, <float *>tile.row_max, <float *>tile.row_sum,
-                    <float *>tile.weight)
-    else:
-        finish_rows(plan, head, tile, <double *>tile.row_max, <double *>tile.row_sum,
-                    <double *>tile.weight)
+    memset(tile.weight, 0, tile.lanes * real_bytes)
+    for i in range(tile.count):
+        row_max = get_real(tile.row_max, i, real_bytes)
+        row_sum = get_real(tile.row_sum, i, real_bytes)
+        has_keys = tile.has_keys >> i & 1
+        if has_keys:
+            weight = 1 / row_sum
+            if plan.sinks != NULL:
+                weight = weight_with_sink(row_max, row_sum, M_LOG2E * plan.sinks[
+                    head.kv_head * plan.group + (tile.row_begin + i) // head.q_len])
+            set_real(tile.weight, i, real_bytes, weight)
+        if head.lse != NULL:
+            if row_max != lowest(real_bytes):
+                row_max *= M_LN2        # else a bias of finfo.min, which the kernel limited to that
+            lse = row_max + log(row_sum) if has_keys else -INFINITY
+            set_real(tile.lse_rows[i], 0, real_bytes, lse)
 
 
 # --- Partial states: a PartialState, row_max [rows], row_sum [rows], acc [rows][acc_stride] ------

@@ -5,7 +5,8 @@
     TensorView      where an array of the caller's lies
     ScratchLayout   where the arrays in a thread's scratch lie
     SequencePlan    a batch entry: its queries, its keys, its tasks
-    HeadView        a KV head of a batch entry: where its rows lie
+    HeadView        a KV head of a batch entry: where its queries and outputs lie
+    HeadRows        its keys, its values or their scales
     KVBlock         neighbouring keys and values, and what was made ready of them
     QueryTile       rows of queries and the state of their softmax
     Visibility      what of a block a query tile sees
@@ -123,6 +124,15 @@ cdef struct SequencePlan:
     Py_ssize_t first_split              # decode: the split of a head's first task
 
 
+cdef struct HeadRows:
+    const TensorView *view
+    char *data                          # the row of its first key; with pages, in the first page
+    Py_ssize_t length                   # elements of a row
+    Py_ssize_t page_size
+    const int64_t *pages                # of the batch entry, or NULL
+    char *copies                        # in the scratch: where rows of a block are converted to
+
+
 cdef struct HeadView:
     Py_ssize_t kv_head, q_len
     int number                          # among the heads of its task
@@ -130,13 +140,9 @@ cdef struct HeadView:
     char *query
     char *out
     char *lse
-    char *key
-    char *value
-    char *key_scales
-    char *value_scales
-    const int64_t *pages                # of the batch entry's keys, or NULL
     char *mask
     char *slopes
+    HeadRows key, value, key_scales, value_scales
     int64_t offset, kv_len
     char *scratch                       # of the thread
     char *gathered                      # there

@@ -172,10 +172,3 @@ def run(options: argparse.Namespace) -> int:
     for peer in peers:
         peer.close()
     return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    add_options(parser)
-    return run(parser.parse_args(arguments))

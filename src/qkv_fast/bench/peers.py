@@ -1,8 +1,8 @@
 """The libraries that are compared: how each is prepared, and the process that runs it.
 
-A ``prepare_*`` function takes a shape, float32 tensors, an element type and a number of threads,
-and returns a function that computes once; its attribute ``answer``, where there is one,
-returns the result as an array of shape (B, H, Lq, D).
+A ``prepare_*`` function takes a shape, float32 tensors, an element type and a number of threads. It
+returns a function that computes once, and one that turns what that returned into an array of shape
+(B, H, Lq, D).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .probes import bfloat16_bits, bfloat16_reals
 from .shapes import Shape
 
 Run = Callable[[], Any]
+Prepared = tuple[Run, Callable[[Any], Array]]
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
 
@@ -41,7 +42,7 @@ def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
     return result
 
 
-def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare this library."""
     import qkv_fast
 
@@ -54,20 +55,18 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
     def run() -> Any:
         return qkv_fast.scaled_dot_product_attention(q, k, v, **options)
 
-    if is_bf16:
-        run.answer = lambda: bfloat16_reals(run())  # type: ignore[attr-defined]
-    return run
+    return run, bfloat16_reals if is_bf16 else np.asarray
 
 
-def prepare_numpy(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+def prepare_numpy(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare three lines of NumPy."""
     if dtype != "float32":
         raise NotImplementedError("NumPy has no bfloat16")
     q, k, v = tensors
-    return lambda: numpy_attention(q, k, v, shape.is_causal)
+    return lambda: numpy_attention(q, k, v, shape.is_causal), np.asarray
 
 
-def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare PyTorch's scaled_dot_product_attention."""
     import torch
 
@@ -80,11 +79,10 @@ def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) 
         with torch.inference_mode():
             return sdpa(q, k, v, is_causal=shape.is_causal, enable_gqa=gqa)
 
-    run.answer = lambda: run().float().numpy()  # type: ignore[attr-defined]
-    return run
+    return run, lambda result: result.float().numpy()
 
 
-def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare ONNX Runtime's com.microsoft MultiHeadAttention."""
     import onnxruntime as ort
     from onnx import TensorProto, helper
@@ -126,16 +124,14 @@ def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads:
     def run() -> Any:
         session.run_with_iobinding(binding)
 
-    def answer() -> Any:
-        run()
+    def answer(_: None) -> Any:
         out = binding.copy_outputs_to_cpu()[0]
         return out.reshape(shape.batch, shape.q_len, shape.num_heads, -1).swapaxes(1, 2)
 
-    run.answer = answer  # type: ignore[attr-defined]
-    return run
+    return run, answer
 
 
-def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Run:
+def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare OpenVINO's scaled_dot_product_attention, in this dtype from input to output."""
     import openvino as ov
     from openvino import opset13 as ops
@@ -163,29 +159,26 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
     def run() -> Any:
         request.infer()
 
-    def answer() -> Any:
-        run()
+    def answer(_: None) -> Any:
         data = np.array(request.get_output_tensor().data)
         return bfloat16_reals(data.view(np.uint16)) if data.itemsize == 2 else data
 
-    run.answer = answer  # type: ignore[attr-defined]
-    return run
+    return run, answer
 
 
-PREPARE = {
+PREPARE: dict[str, Callable[[Shape, list[Array], str, int], Prepared]] = {
     "qkv_fast": prepare_qkv_fast,
     "torch": prepare_torch,
     "onnxruntime": prepare_onnxruntime,
     "openvino": prepare_openvino,
     "numpy": prepare_numpy,
 }
-DISTRIBUTIONS = {"qkv_fast": "qkv-fast"}
 
 
 def version(name: str) -> str | None:
     """Return the version of a peer that is installed here, else None."""
     try:
-        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -218,9 +211,9 @@ def work(peer: str, threads: int, pipe: Connection) -> None:
                 _, shape, dtype = message
                 run = None
                 tensors = tensors_of(shape, dtype)
-                run = PREPARE[peer](shape, tensors, dtype, threads)
-                answer = np.asarray(getattr(run, "answer", run)())
-                error = float(np.abs(answer[0, -1, -64:] - exact(shape, *tensors)).max())
+                run, answer = PREPARE[peer](shape, tensors, dtype, threads)
+                result = answer(run())
+                error = float(np.abs(result[0, -1, -64:] - exact(shape, *tensors)).max())
                 pipe.send(("ready", error))
             else:
                 assert run is not None
@@ -251,10 +244,10 @@ class Peer:
         """Send a message and wait for the answer; a process that died is an error too."""
         try:
             self.pipe.send(message)
-            kind, value = self.pipe.recv()
+            answer: tuple[str, Any] = self.pipe.recv()
+            return answer
         except (EOFError, OSError):
             return "error", "the process ended"
-        return kind, value
 
     def close(self) -> None:
         """End the process."""
