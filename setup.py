@@ -28,7 +28,7 @@ OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
 # Each C file is linked into one module: src/qkv_fast/_native/kernels.pxd.
 C_SOURCES = {
     "isa": sorted(glob("csrc/isa/*.c") + glob("csrc/kernels/*.c") + glob("csrc/simd/*.c")),
-    "parallel": ["csrc/runtime/thread_pool.c"],
+    "parallel": [f"csrc/runtime/{name}.c" for name in ("job", "openmp_team", "thread_pool")],
     "rows": ["csrc/runtime/convert.c"],
     "tuning": ["csrc/runtime/caches.c"],
 }

@@ -63,3 +63,14 @@ def native() -> None:
     """For tests of what only the compiled engine has."""
     if _loader.why_not_native() or _select.current().engine == "python":
         pytest.skip("no native engine, or the Python engine was asked for")
+
+
+@pytest.fixture
+def many_cpus() -> Iterator[None]:
+    """Let calls have up to 8 threads, however few CPUs there are."""
+    if _loader.why_not_native():
+        yield
+        return
+    _loader.native_module().assume_cpus(8)
+    yield
+    _loader.native_module().assume_cpus(0)

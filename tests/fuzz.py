@@ -32,7 +32,7 @@ import numpy as np
 import oracle
 
 import qkv_fast
-from qkv_fast import _select
+from qkv_fast import _loader, _select
 
 try:
     import ml_dtypes
@@ -1781,6 +1781,7 @@ def by_kind(case: Any, found: list[Difference], choices: int) -> dict[str, str]:
 def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
     """Run cases one after another; write each number to a file first, each finding as JSON."""
     faulthandler.enable()
+    use_many_threads()
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with open(arguments.child, "r+b", buffering=0) as progress:
@@ -1893,8 +1894,16 @@ def again(arguments: argparse.Namespace, number: int) -> str:
     return command + (f" --engines {arguments.engines}" if arguments.engines else "")
 
 
+def use_many_threads() -> None:
+    """Let calls have 4 threads on a machine with fewer CPUs too."""
+    native = _loader.load_native()
+    if native is not None:
+        native.assume_cpus(4)
+
+
 def run_one(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
     faulthandler.enable()
+    use_many_threads()
     case = make(arguments.seed, arguments.case)
     if not isinstance(case, CacheWalk):
         print(case.describe(), flush=True)

@@ -204,7 +204,7 @@ def test_a_quota_lowers_the_default(monkeypatch):
     assert _threads._find_default() == (1, "cgroup CPU quota")
 
 
-def test_concurrent_callers(engine, rng):
+def test_concurrent_callers(engine, rng, many_cpus):
     q, k, v = make(rng, (1, 4, 4, 130, 200, 32, 32))
     expected = sdpa(q, k, v, is_causal=True)
     context = contextvars.copy_context()

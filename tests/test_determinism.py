@@ -14,6 +14,8 @@ from helpers import make
 from qkv_fast import _dispatch, _select
 from qkv_fast import scaled_dot_product_attention as sdpa
 
+pytestmark = pytest.mark.usefixtures("many_cpus")
+
 OPTIONS = {
     "plain": {},
     "causal": {"is_causal": True},

@@ -47,7 +47,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("tiles", ["simd", "blas"])
 @pytest.mark.parametrize("call", CALLS)
 def test_ctrl_c_ends_a_native_call(native, call, tiles):
-    openmp = _loader.native_module().info()["threading"] != "own pool"
+    openmp = _loader.native_module().info()["threading"].startswith("OpenMP")
     if openmp and call == "long tasks":
         pytest.skip("OpenMP's calling thread can't look for signals while it waits for others")
     query, key = CALLS[call]

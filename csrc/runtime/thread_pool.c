@@ -1,16 +1,14 @@
-/* thread_pool.h: idle workers in a stack, a job at a time for each, a range of tasks for each
- * thread of a job. A worker is handed a job by a store to its `job`, spins for it or sleeps on a
- * condition. */
+/* thread_pool.h: idle workers in a stack, a job at a time for each. A worker is handed a job by a
+ * store to its `job`, spins for it or sleeps on a condition. */
 #define _GNU_SOURCE
 #include "thread_pool.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <time.h>
+#include <unistd.h>
 
-#define MAX_WORKERS 255
+#include "job.h"
 
 /* How long an idle worker spins before it sleeps, in nanoseconds from the end of the last job on:
  * SPIN_MOST if that would have been enough the last time, else SPIN_LEAST. So it stays awake
@@ -39,19 +37,8 @@
  * without in float32; in bfloat16 610 and 700. */
 #define SPIN_AFTER_CALL_START 300000
 
-typedef struct { /* the range of tasks that a thread starts with, on a cache line of its own */
-    _Alignas(64) _Atomic ptrdiff_t next;
-    ptrdiff_t end;
-} task_range;
-
-typedef struct {
-    qkv_task task;
-    const void *context;
-    task_range *ranges;
-    int threads;
-    long long began;    /* nanoseconds() when it was handed out */
-    atomic_int running; /* workers that have not yet finished with this job */
-} job;
+/* How long it spins at most, in nanoseconds, while others work on a job in which it has no part. */
+#define SPIN_BESIDE_JOBS 1000000
 
 typedef struct worker {
     struct worker *next_idle;
@@ -68,11 +55,13 @@ typedef struct worker {
 } worker;
 
 static job taken; /* stands in a worker's `job` while it works on one */
-static worker workers[MAX_WORKERS];
+static worker workers[MAX_HELPERS];
 static int worker_count;
 static worker *idle_workers;
 static pthread_mutex_t idle_mutex = PTHREAD_MUTEX_INITIALIZER;
 static atomic_int running_jobs;
+static atomic_int assumed_cpus;
+static atomic_int threading = QKV_THREADING_AUTO;
 static atomic_llong last_call_start; /* nanoseconds() of qkv_notify_call_start */
 static atomic_int forked;
 
@@ -85,30 +74,18 @@ __attribute__((constructor)) static void watch_forks(void)
 
 int qkv_forked(void) { return atomic_load(&forked); }
 
-static long long nanoseconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
+void qkv_assume_cpus(int count) { atomic_store(&assumed_cpus, count); }
 
-static void pause_briefly(void)
+int qkv_usable_cpus(void)
 {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
+    const int assumed = atomic_load_explicit(&assumed_cpus, memory_order_relaxed);
+    if (assumed > 0) return assumed;
+#if defined(__linux__)
+    cpu_set_t cpus;
+    if (!sched_getaffinity(0, sizeof cpus, &cpus)) return CPU_COUNT(&cpus);
 #endif
-}
-
-/* Runs the tasks of the thread's range, then what is left of the others' ranges. Neighbouring tasks
- * share inputs, so a range for each thread keeps those in one core's cache. */
-static void run_tasks(job *j, int thread)
-{
-    for (int k = 0; k < j->threads; k++) {
-        task_range *range = &j->ranges[(thread + k) % j->threads];
-        ptrdiff_t i;
-        while ((i = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end)
-            j->task(j->context, thread, i);
-    }
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 && online < MAX_HELPERS ? (int)online : MAX_HELPERS + 1;
 }
 
 /* Returns the job that was handed over, and marks it as taken; NULL if there is none, or if it was
@@ -152,10 +129,11 @@ static job *wait_for_job(worker *self, long long *spin)
 {
     job *j;
     long long idle_since = nanoseconds(), until = idle_since + *spin, waited = -1;
+    const long long latest = idle_since + SPIN_BESIDE_JOBS;
     for (long long now = idle_since; !(j = take_job(self)) && now < until;) {
         pause_briefly();
         now = nanoseconds();
-        if (atomic_load_explicit(&running_jobs, memory_order_relaxed)) {
+        if (now < latest && atomic_load_explicit(&running_jobs, memory_order_relaxed)) {
             idle_since = now;
             until = now + *spin;
             waited = -1;
@@ -192,18 +170,16 @@ static void *worker_main(void *argument)
     worker *self = argument;
     for (long long spin = SPIN_LEAST;;) {
         job *j = wait_for_job(self, &spin);
-        run_tasks(j, self->thread);
+        work_on(j, self->thread);
         atomic_store_explicit(&self->job, NULL, memory_order_relaxed);
         join_idle_workers(self);
-        /* The caller may return now: j is gone after this. */
-        atomic_fetch_sub_explicit(&j->running, 1, memory_order_release);
+        leave_job(j);
     }
     return NULL;
 }
 
 static worker *start_worker(void)
 {
-    if (worker_count == MAX_WORKERS) return NULL;
     worker *w = &workers[worker_count];
     pthread_mutex_init(&w->mutex, NULL);
     pthread_cond_init(&w->wake, NULL);
@@ -229,8 +205,6 @@ static void hand_over(worker *w, job *j)
         pthread_mutex_unlock(&w->mutex);
     }
 }
-
-static ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 void qkv_notify_call_start(void)
 {
@@ -269,31 +243,34 @@ static void call_off(job *j, worker **hired, int count)
     }
 }
 
+static void run_on_own_pool(job *j, ptrdiff_t count)
+{
+    worker *hired[MAX_HELPERS];
+    const int helpers = hire(hired, j->threads - 1);
+    j->threads = helpers + 1;
+    divide_tasks(j, count);
+    j->began = helpers ? nanoseconds() : 0;
+    atomic_store(&j->running, helpers);
+    for (int i = 0; i < helpers; i++) hand_over(hired[i], j);
+    work_on(j, 0);
+    call_off(j, hired, helpers);
+    wait_for_helpers(j);
+}
+
+void qkv_set_threading(int choice) { atomic_store(&threading, choice); }
+
 void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t count, int threads)
 {
-    worker *hired[MAX_WORKERS];
-    task_range ranges[MAX_WORKERS + 1];
-    job j = {.task = task, .context = context, .ranges = ranges};
-    int workers_hired = 0;
-    if (threads > MAX_WORKERS + 1) threads = MAX_WORKERS + 1;
-    if (threads > 1 && !qkv_forked()) workers_hired = hire(hired, threads - 1);
-    j.threads = workers_hired + 1;
-    for (int i = 0; i < j.threads; i++) {
-        atomic_store_explicit(&ranges[i].next, count / j.threads * i + min(i, count % j.threads),
-                              memory_order_relaxed);
-        ranges[i].end = count / j.threads * (i + 1) + min(i + 1, count % j.threads);
-    }
-    j.began = workers_hired ? nanoseconds() : 0;
-    atomic_store(&j.running, workers_hired);
+    const int cpus = qkv_forked() ? 1 : qkv_usable_cpus();
+    const int choice = atomic_load_explicit(&threading, memory_order_relaxed);
+    task_range ranges[MAX_HELPERS + 1];
+    job j = {.task = task, .wait = wait, .context = context, .ranges = ranges};
+    j.threads = threads < cpus ? threads : cpus;
+    if (j.threads > MAX_HELPERS + 1) j.threads = MAX_HELPERS + 1;
+    if (j.threads > 1 && choice != QKV_THREADING_POOL &&
+        run_on_openmp_team(&j, count, choice == QKV_THREADING_OPENMP))
+        return;
     atomic_fetch_add_explicit(&running_jobs, 1, memory_order_relaxed);
-    for (int i = 0; i < workers_hired; i++) hand_over(hired[i], &j);
-    run_tasks(&j, 0);
-    call_off(&j, hired, workers_hired);
-    for (int spins = 0; atomic_load_explicit(&j.running, memory_order_acquire); spins++) {
-        pause_briefly();
-        if (spins <= 1000) continue;
-        sched_yield(); /* the worker may be waiting for this CPU */
-        if (wait) wait(context);
-    }
+    run_on_own_pool(&j, count);
     atomic_fetch_sub_explicit(&running_jobs, 1, memory_order_relaxed);
 }

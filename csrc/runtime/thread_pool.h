@@ -16,12 +16,26 @@ typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
 typedef void (*qkv_wait)(const void *context);
 
 /* Calls task(context, thread, i) once for each 0 <= i < count, on the calling thread and at most
- * threads - 1 workers, and returns when all are done. `thread` numbers these threads from 0, the
+ * threads - 1 others, no more than there are CPUs for, and returns when all are done. `thread` numbers these threads from 0, the
  * calling thread. Each thread starts with a range of its own, in rising order, and then helps the
  * others. While the calling thread waits for workers, it calls wait(context) repeatedly; wait may
  * be NULL. In a forked child all tasks run on the calling thread. */
 void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t count,
                    int threads);
+
+/* How many CPUs the calling thread may use, by its affinity. */
+int qkv_usable_cpus(void);
+
+/* Has qkv_usable_cpus say so from now on; 0 ends that. For tests on a machine with few CPUs. */
+void qkv_assume_cpus(int count);
+
+/* Which threads help the caller: with AUTO, those of an OpenMP team of another library while they
+ * are awake, else the pool's. */
+enum { QKV_THREADING_AUTO, QKV_THREADING_POOL, QKV_THREADING_OPENMP };
+void qkv_set_threading(int choice);
+
+/* How many loops of tasks have run on such a team. */
+long qkv_team_jobs(void);
 
 /* Says that a call has begun that will have tasks soon: workers that are awake stay awake for it.
  */

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ._threads import cgroup_quota
+
 NATIVE = "qkv_fast._native"
 
 _native: ModuleType | None = None
@@ -29,6 +31,9 @@ def load_native() -> ModuleType | None:
             _native_error = build_facts().get("reason") or str(error)
         else:
             _notify = _native.notify_call_start
+            quota = cgroup_quota()
+            if quota is not None:
+                _native.limit_cpus(int(quota))
     return _native
 
 

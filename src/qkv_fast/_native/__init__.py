@@ -24,20 +24,23 @@ Declarations that all of them share:
 
 from .engine import describe, load_blas, run
 from .isa import best_isa, compiler, isas
-from .parallel import notify_call_start, threading
+from .parallel import assume_cpus, limit_cpus, notify_call_start, team_calls, threading
 from .probes import fma_peak, read_bandwidth, read_once
 
 __all__ = [
+    "assume_cpus",
     "best_isa",
     "describe",
     "fma_peak",
     "info",
     "isas",
+    "limit_cpus",
     "load_blas",
     "notify_call_start",
     "read_bandwidth",
     "read_once",
     "run",
+    "team_calls",
 ]
 
 

@@ -160,7 +160,7 @@ def run(problem, str gemm, str isa, double occupancy=0, double occupancy_convert
     busy: float64; the seconds that each thread was in tasks are added to it.
     """
     cdef Launch launch
-    cdef int budget
+    cdef int budget, threads
     cdef double *seconds = NULL
     if is_empty(problem):
         return
@@ -168,13 +168,13 @@ def run(problem, str gemm, str isa, double occupancy=0, double occupancy_convert
     count_interruptibly(&launch)
     if launch.totals.task == 0:
         return
-    plan_tasks(&launch, budget)
     if busy is not None:
         seconds = <double *>cnp.PyArray_DATA(busy)
         budget = min(budget, <int>cnp.PyArray_SIZE(busy))
+    threads = begin_call(launch.work, min(<Py_ssize_t>budget, launch.totals.task))
     try:
-        compute(&launch, begin_call(launch.work, min(<Py_ssize_t>budget, launch.totals.task)),
-                seconds)
+        plan_tasks(&launch, threads)
+        compute(&launch, threads, seconds)
     finally:
         end_call()
 

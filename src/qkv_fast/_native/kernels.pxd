@@ -83,6 +83,10 @@ cdef extern from "runtime/thread_pool.h" nogil:
     void qkv_run_tasks(qkv_task, qkv_wait, const void *, Py_ssize_t, int)
     void qkv_notify_call_start()
     int qkv_forked()
+    int qkv_usable_cpus()
+    void qkv_assume_cpus(int)
+    void qkv_set_threading(int)
+    long qkv_team_jobs()
 
 cdef extern from "runtime/caches.h" nogil:
     Py_ssize_t qkv_l2_bytes()

@@ -1,12 +1,18 @@
 """The one place with threads, and with the signals that end a call.
 
-Tasks run on the library's own pool (csrc/runtime/thread_pool.h says why) or, where
-QKV_FAST_OPENMP=1 was set for the build, in OpenMP's prange.
+Tasks run on the library's own pool (csrc/runtime/thread_pool.h says why) or on the OpenMP team of
+another library while that is awake (csrc/runtime/openmp_team.c); where QKV_FAST_OPENMP=1 was set
+for the build, in OpenMP's prange.
 """
+
+import os
 
 from cython.parallel cimport prange, threadid
 
-from .kernels cimport qkv_forked, qkv_notify_call_start, qkv_run_tasks
+from .kernels cimport (
+    qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks, qkv_set_threading,
+    qkv_team_jobs, qkv_usable_cpus,
+)
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
 from .types cimport Interrupt
 
@@ -36,7 +42,9 @@ cdef struct TaskLoop:
     Interrupt *interrupt                # NULL: nothing ends the loop early
     double *busy                        # seconds that each thread was in tasks, or NULL
 
+THREADING = ("auto", "pool", "openmp")  # in the order of csrc/runtime/thread_pool.h
 cdef int active_calls = 0               # changed with the GIL held only
+cdef int cpu_quota = 1 << 16            # CPUs that the process may use the time of
 
 
 cdef double seconds_now() noexcept nogil:
@@ -118,13 +126,14 @@ cdef int begin_call(double work, int budget) noexcept:
     """Return how many threads a call with so many multiply-adds gets; end_call must follow.
 
     Calls that run at the same time share the budget. A small call, or one in a forked child, gets
-    one thread.
+    one thread. No call gets more threads than there are CPUs for: they would only wait for each
+    other.
     """
     global active_calls
     active_calls += 1
-    if qkv_forked() or work < SERIAL_WORK:
+    if budget <= 1 or work < SERIAL_WORK or qkv_forked():
         return 1
-    return max(1, budget // active_calls)
+    return max(1, min(budget, cpu_quota, qkv_usable_cpus()) // active_calls)
 
 
 cdef void end_call() noexcept:
@@ -137,6 +146,37 @@ def notify_call_start():
     qkv_notify_call_start()
 
 
+def limit_cpus(int quota):
+    """Let no call use more threads than this, because the process has time for so many CPUs."""
+    global cpu_quota
+    cpu_quota = max(1, quota)
+
+
+def assume_cpus(int count):
+    """Let calls use so many threads as if there were CPUs for them; 0 ends that (for tests)."""
+    qkv_assume_cpus(count)
+
+
+def team_calls():
+    """Return how many calls have run on another library's OpenMP team."""
+    return qkv_team_jobs()
+
+
 def threading():
-    """Return what runs the tasks: "own pool", or OpenMP and its version."""
-    return f"OpenMP {QKV_OPENMP}" if QKV_OPENMP else "own pool"
+    """Return which threads help a call, for show_config()."""
+    if QKV_OPENMP:
+        return f"OpenMP {QKV_OPENMP}"
+    return {"auto": "own pool, or another library's OpenMP team while it is awake",
+            "pool": "own pool", "openmp": "another library's OpenMP team, else own pool"}[chosen()]
+
+
+cdef str chosen():
+    """Return what QKV_FAST_THREADING asks for, or raise."""
+    choice = os.environ.get("QKV_FAST_THREADING") or "auto"
+    if choice not in THREADING:
+        raise ValueError(
+            f"QKV_FAST_THREADING is {choice!r}: it must be one of {', '.join(THREADING)}")
+    return choice
+
+
+qkv_set_threading(THREADING.index(chosen()))

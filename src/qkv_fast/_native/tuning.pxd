@@ -39,7 +39,8 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     KV_SPLIT = 2048
     # Keys after which a query tile folds its sums. With plain float32 sums, 64 rows of equal keys
     # are off by 1.3e-5 at 2^17 keys and by 2.4e-4 at 2^22; folded every 4096, by 1.6e-6 at any
-    # length. Every 2048 gives 1.4e-6 and costs 1.5 % at 4096 keys on Zen 3. Results in bfloat16 are rounded to 4e-3, so their sums need it less often.
+    # length. Every 2048 gives 1.4e-6 and costs 1.5 % at 4096 keys on Zen 3. Results in bfloat16 are
+    # rounded to 4e-3, so their sums need it less often.
     FOLD_KEYS = 4096
     FOLD_KEYS_BFLOAT16 = 1 << 16
     # Decode kernels are not faster than query tiles beyond so many rows (decode.py, --queries).
