@@ -46,10 +46,10 @@ ptrdiff_t work_on(job *j, int thread)
     for (int k = 0; k < j->threads; k++) {
         task_range *range = &j->ranges[(thread + k) % j->threads];
         ptrdiff_t i;
-        while ((i = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end) {
-            j->task(j->context, thread, i);
-            ran++;
-        }
+        /* Others that have come to the end of a range only read its line. */
+        if (k && atomic_load_explicit(&range->next, memory_order_relaxed) >= range->end) continue;
+        while ((i = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end)
+            j->task(j->context, thread, i), ran++;
     }
     return ran;
 }

@@ -24,6 +24,7 @@ typedef struct {
     task_range *ranges; /* one for each thread */
     int threads;
     long long began;    /* nanoseconds() when it was handed out */
+    struct worker **hired; /* of the own pool: thread i is hired[i - 1] */
     atomic_int running; /* helpers that have not yet left */
 } job;
 

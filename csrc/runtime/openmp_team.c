@@ -6,8 +6,8 @@
  * Intel's runtimes export, is looked up among the libraries that are loaded.
  *
  * Whether others use a team shows on the CPU clock of one of its threads, which goes on while it
- * spins. A region of ours keeps it awake too, in the way of NumPy's BLAS. So after a while of use it
- * is left alone; when its clock has gone on for longer than a thread spins, others use it. It is
+ * spins. A region of ours keeps it awake too, in the way of NumPy's BLAS. So after a while of use
+ * it is left alone; when its clock has gone on for longer than a thread spins, others use it. It is
  * also left alone when it was asleep, or when its threads did so little of our work that something
  * else must run on their CPUs. */
 #define _GNU_SOURCE

@@ -165,11 +165,26 @@ static void join_idle_workers(worker *w)
     pthread_mutex_unlock(&idle_mutex);
 }
 
+/* Wakes the two threads of a job that this thread has to, if they sleep: all of n threads have been
+ * woken after log2(n) steps. */
+static void wake_next(job *j, int thread)
+{
+    for (int i = 2 * thread + 1; i <= 2 * thread + 2 && i < j->threads; i++) {
+        worker *w = j->hired[i - 1];
+        /* A worker sets `asleep` under the mutex before it looks at `job` for the last time. */
+        if (!atomic_load(&w->asleep)) continue;
+        pthread_mutex_lock(&w->mutex);
+        if (atomic_load(&w->asleep)) wake_elsewhere(w);
+        pthread_mutex_unlock(&w->mutex);
+    }
+}
+
 static void *worker_main(void *argument)
 {
     worker *self = argument;
     for (long long spin = SPIN_LEAST;;) {
         job *j = wait_for_job(self, &spin);
+        wake_next(j, self->thread);
         work_on(j, self->thread);
         atomic_store_explicit(&self->job, NULL, memory_order_relaxed);
         join_idle_workers(self);
@@ -193,17 +208,6 @@ static worker *start_worker(void)
     pthread_detach(w->id);
     worker_count++;
     return w;
-}
-
-static void hand_over(worker *w, job *j)
-{
-    atomic_store(&w->job, j);
-    /* A worker sets `asleep` under the mutex before it looks at `job` for the last time. */
-    if (atomic_load(&w->asleep)) {
-        pthread_mutex_lock(&w->mutex);
-        wake_elsewhere(w);
-        pthread_mutex_unlock(&w->mutex);
-    }
 }
 
 void qkv_notify_call_start(void)
@@ -251,7 +255,9 @@ static void run_on_own_pool(job *j, ptrdiff_t count)
     divide_tasks(j, count);
     j->began = helpers ? nanoseconds() : 0;
     atomic_store(&j->running, helpers);
-    for (int i = 0; i < helpers; i++) hand_over(hired[i], j);
+    j->hired = hired;
+    for (int i = 0; i < helpers; i++) atomic_store(&hired[i]->job, j);
+    wake_next(j, 0);
     work_on(j, 0);
     call_off(j, hired, helpers);
     wait_for_helpers(j);

@@ -1,9 +1,10 @@
-/* A small pool of threads for loops of tasks.
+/* Loops of tasks on several threads: a small pool's, or those of an OpenMP team of another library
+ * while it is awake anyway (openmp_team.c).
  *
- * Why not OpenMP: after a parallel region libgomp's workers spin for milliseconds on the cores
+ * Why not OpenMP alone: after a parallel region libgomp's workers spin for milliseconds on the cores
  * that NumPy's BLAS wants next; told not to, they sleep and need tens of microseconds to wake
- * (docs/architecture.md has the figures). An idle worker of this pool spins for a short time and
- * then sleeps.
+ * (docs/threading.md has the figures). An idle worker of this pool spins for a short time and then
+ * sleeps.
  *
  * All callers share the pool. A caller that finds too few idle workers runs on fewer threads, so
  * concurrent callers do not multiply the threads. */
@@ -15,11 +16,15 @@
 typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
 typedef void (*qkv_wait)(const void *context);
 
-/* Calls task(context, thread, i) once for each 0 <= i < count, on the calling thread and at most
- * threads - 1 others, no more than there are CPUs for, and returns when all are done. `thread` numbers these threads from 0, the
- * calling thread. Each thread starts with a range of its own, in rising order, and then helps the
- * others. While the calling thread waits for workers, it calls wait(context) repeatedly; wait may
- * be NULL. In a forked child all tasks run on the calling thread. */
+/* Calls task(context, thread, i) once for each 0 <= i < count and returns when all are done, on the
+ * calling thread and at most threads - 1 others, no more than there are CPUs for. `thread` numbers
+ * them from 0, the calling thread. Each thread starts with a range of its own, in rising order, and
+ * then helps the others. While the calling thread waits for helpers, it calls wait(context)
+ * repeatedly; wait may be NULL. In a forked child all tasks run on the calling thread. It is
+ * exported: threadpoolctl knows the library by it. */
+#if defined(__GNUC__) && !defined(_WIN32)
+__attribute__((visibility("default")))
+#endif
 void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t count,
                    int threads);
 

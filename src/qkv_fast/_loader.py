@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,10 @@ def load_native() -> ModuleType | None:
             quota = cgroup_quota()
             if quota is not None:
                 _native.limit_cpus(int(quota))
+            if "threadpoolctl" in sys.modules:
+                from .integrations.threadpoolctl import register
+
+                register()
     return _native
 
 

@@ -179,7 +179,8 @@ cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
     """Return the keys of a block in prefill."""
     cdef Py_ssize_t row_bytes = (plan.head_dim + plan.v_dim) * plan.input_bytes
     cdef bint wide = max(plan.head_dim, plan.v_dim) > LARGE
-    return fitting_keys(row_bytes, BLOCK_K_MATRIX if plan.kernels.row_step > 1 and wide else BLOCK_K)
+    cdef Py_ssize_t most = BLOCK_K_MATRIX if plan.kernels.row_step > 1 and wide else BLOCK_K
+    return fitting_keys(row_bytes, most)
 
 
 cdef int plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
