@@ -55,7 +55,7 @@ static void starts(const char *label, int threads, int pause)
         if (pause) usleep(pause);
         for (int i = 0; i < threads; i++) begun[i] = 0;
         const long long begin = now();
-        qkv_run_tasks(task, NULL, NULL, 4 * threads, threads);
+        qkv_run_tasks(task, NULL, NULL, 4 * threads, threads, 0);
         extra[round] = now() - begin - 4 * work;
         first[round] = begun[0] - begin;
         long long latest = 0;
@@ -79,7 +79,7 @@ static void claims(int threads)
     work = 0;
     for (int i = 0; i < 9; i++) {
         const long long begin = now();
-        qkv_run_tasks(task, NULL, NULL, tasks, threads);
+        qkv_run_tasks(task, NULL, NULL, tasks, threads, 0);
         each[i] = now() - begin;
     }
     printf("%3d threads: %5.1f ns for a task, of each thread\n", threads,

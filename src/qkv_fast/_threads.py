@@ -27,8 +27,9 @@ def set_num_threads(num_threads: int | None) -> None:
     Parameters
     ----------
     num_threads : int or None
-        At least 1; calls use no more than there are CPUs for. None returns to the default: ``OMP_NUM_THREADS``, else the CPUs that the
-        process may use by its affinity and its cgroup's quota.
+        At least 1; calls use no more than there are CPUs for. None returns to the default:
+        ``OMP_NUM_THREADS``, else the CPUs that the process may use by its affinity and its
+        cgroup's quota.
 
     Examples
     --------

@@ -14,7 +14,7 @@ from .plan cimport (
     lay_out_prefill, limit_to_blas, plan_decode, plan_prefill,
 )
 from .schedule cimport count_tasks, run_task, set_offsets
-from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE
+from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE, SHORT_WORK
 from .types cimport Launch, PartialState, Plan, TaskOffset, round_up
 
 cnp.import_array()
@@ -144,7 +144,8 @@ cdef int compute(Launch *launch, int threads, double *busy) except -1:
     with nogil:
         set_offsets(launch)
         if not launch.interrupt.stop:
-            run_tasks(run_task, launch, launch.totals.task, threads, &launch.interrupt, busy)
+            run_tasks(run_task, launch, launch.totals.task, threads, &launch.interrupt, busy,
+                      launch.work < SHORT_WORK)
     if arena.size <= KEPT_BYTES:
         idle_arenas.append(arena)
     return raise_pending(&launch.interrupt)

@@ -80,7 +80,7 @@ cdef extern from "runtime/convert.h" nogil:
 cdef extern from "runtime/thread_pool.h" nogil:
     ctypedef void (*qkv_task)(const void *, int, Py_ssize_t) noexcept nogil
     ctypedef void (*qkv_wait)(const void *) noexcept nogil
-    void qkv_run_tasks(qkv_task, qkv_wait, const void *, Py_ssize_t, int)
+    void qkv_run_tasks(qkv_task, qkv_wait, const void *, Py_ssize_t, int, int)
     void qkv_notify_call_start()
     int qkv_forked()
     int qkv_usable_cpus()

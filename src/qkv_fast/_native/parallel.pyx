@@ -101,8 +101,8 @@ cdef void wait_for_others(const void *context) noexcept nogil:
 
 
 cdef void run_tasks(task_function function, const void *context, Py_ssize_t tasks, int threads,
-                    Interrupt *interrupt, double *busy) noexcept nogil:
-    """Run all tasks on at most `threads` threads.
+                    Interrupt *interrupt, double *busy, bint is_short) noexcept nogil:
+    """Run all tasks on at most `threads` threads; for a short loop, no sleeping one is woken.
 
     OpenMP's calling thread can't look for signals while it waits for the others' last tasks.
     """
@@ -119,7 +119,7 @@ cdef void run_tasks(task_function function, const void *context, Py_ssize_t task
         for task in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
             run_one(&loop, threadid(), task)
     else:
-        qkv_run_tasks(run_one, wait_for_others, &loop, tasks, threads)
+        qkv_run_tasks(run_one, wait_for_others, &loop, tasks, threads, is_short)
 
 
 cdef int begin_call(double work, int budget) noexcept:

@@ -40,7 +40,7 @@ def fma_peak(int threads, double seconds=0.2, int type=QKV_FLOAT32, str isa=None
     elapsed = 0.0
     while elapsed < seconds:
         with nogil:
-            run_tasks(chain_multiply_adds, kernels, 8 * threads, threads, NULL, NULL)
+            run_tasks(chain_multiply_adds, kernels, 8 * threads, threads, NULL, NULL, False)
         rounds += 1
         elapsed = time.perf_counter() - begin
     return 8e-9 * threads * rounds * FMA_ROUNDS * kernels.fma_chain_flop / elapsed
@@ -66,7 +66,7 @@ def read_once(arrays, int threads):
         memory.count = cnp.PyArray_NBYTES(array) // 8
         with nogil:
             run_tasks(read_words, &memory, (memory.count + WORDS_PER_TASK - 1) // WORDS_PER_TASK,
-                      threads, NULL, NULL)
+                      threads, NULL, NULL, False)
     return time.perf_counter() - begin
 
 

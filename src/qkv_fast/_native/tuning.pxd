@@ -66,6 +66,9 @@ cdef enum:  # decide how fast a call is
     # Multiply-adds below which a call uses one thread: to wake a sleeping worker takes 10 us or
     # more, which are about 2^19 multiply-adds (bench_overhead.py).
     SERIAL_WORK = 1 << 19
+    # Multiply-adds below which no sleeping worker is woken, unless calls follow each other fast
+    # (FREQUENT in csrc/runtime/thread_pool.c; about 90 us of one thread there).
+    SHORT_WORK = 1 << 20
     # A call looks for signals so often, and at the clock after so many multiply-adds, which take
     # a millisecond or less, or after planning so many batch entries.
     SIGNAL_MILLISECONDS = 100
