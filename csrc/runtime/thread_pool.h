@@ -17,12 +17,13 @@ typedef void (*qkv_task)(const void *context, int thread, ptrdiff_t task);
 typedef void (*qkv_wait)(const void *context);
 
 /* Calls task(context, thread, i) once for each 0 <= i < count and returns when all are done, on the
- * calling thread and at most threads - 1 others. `thread` numbers them from 0, the calling
- * thread. Each thread starts with a range of its own, in rising order, and
- * then helps the others. While the calling thread waits for helpers, it calls wait(context)
- * repeatedly; wait may be NULL. A short loop takes less time than to wake a thread for it, so
- * it is only done where calls follow each other so fast that the thread stays awake. In a forked child all tasks run on the calling thread. It is
- * exported: threadpoolctl knows the library by it. */
+ * calling thread and at most threads - 1 others. `thread` numbers them from 0, the calling thread.
+ * Each thread starts with a range of its own, in rising order, and then helps the others. While the
+ * calling thread waits for helpers, it calls wait(context) repeatedly; wait may be NULL.
+ *
+ * is_short: the loop takes less time than to wake a thread for it. Then this is only done where
+ * calls follow each other so fast that the thread stays awake. In a forked child all tasks run on
+ * the calling thread. The symbol is exported: threadpoolctl knows the library by it. */
 #if defined(__GNUC__) && !defined(_WIN32)
 __attribute__((visibility("default")))
 #endif
