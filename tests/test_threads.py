@@ -15,6 +15,7 @@ from helpers import run_python
 from qkv_fast import _loader
 
 ROOT = Path(__file__).parent.parent
+POOL = {"QKV_FAST_THREADING": "pool"}
 GOMP = ctypes.util.find_library("gomp")
 has_tasks = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="needs /proc to count threads"
@@ -49,7 +50,7 @@ for _ in range(20):
     assert (sdpa(q, q, q, num_threads={wanted}) == expected).all()
 print(threads() - before)
 """
-    started = int(run_python(START + code).stdout)
+    started = int(run_python(START + code, **POOL).stdout)
     assert started == min(wanted, len(os.sched_getaffinity(0))) - 1
 
 
@@ -61,7 +62,7 @@ before = threads()
 assert (sdpa(q, q, q, num_threads=8) == expected).all()
 print(threads() - before)
 """
-    assert run_python(START + code).stdout.strip() == "0"
+    assert run_python(START + code, **POOL).stdout.strip() == "0"
 
 
 @has_tasks
@@ -73,7 +74,7 @@ before = threads()
 assert (sdpa(q, q, q, num_threads=8) == expected).all()
 print(threads() - before)
 """
-    assert run_python(START + code).stdout.strip() == "2"
+    assert run_python(START + code, **POOL).stdout.strip() == "2"
 
 
 @has_gomp
@@ -244,7 +245,9 @@ def test_many_callers_under_a_sanitizer(tmp_path, sanitizer):
     )
     if built.returncode:
         pytest.skip(f"gcc can't build with -fsanitize={sanitizer}: {built.stderr[:200]}")
+    plain = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # sanitizers come first
     done = subprocess.run(
-        [str(program), "16", "300"], capture_output=True, text=True, timeout=300, check=False
-    )
+        [str(program), "16", "300"],
+        env=plain, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0 wrong", "")
