@@ -183,19 +183,23 @@ def test_omp_num_threads_is_the_default():
 
 def test_cgroup_quotas(tmp_path: Path):
     member = tmp_path / "member"
-    assert _threads.cgroup_quota(tmp_path, tmp_path / "none") is None
+
+    def quota() -> float | None:
+        return _threads.cgroup_quota(str(tmp_path), str(member))
+
+    assert quota() is None
     member.write_text("0::/a/b\n")
-    assert _threads.cgroup_quota(tmp_path, member) is None
+    assert quota() is None
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    assert _threads.cgroup_quota(tmp_path, member) is None
+    assert quota() is None
     (tmp_path / "a" / "cpu.max").write_text("250000 100000\n")
-    assert _threads.cgroup_quota(tmp_path, member) == 2.5
+    assert quota() == 2.5
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("150000\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     member.write_text("3:cpu,cpuacct:/gone\n2:memory:/x\n")
-    assert _threads.cgroup_quota(tmp_path, member) == 1.5
+    assert quota() == 1.5
 
 
 def test_a_quota_lowers_the_default(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
@@ -133,8 +132,10 @@ class KVCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy of another cache's storage: for copy.copy, copy.deepcopy and pickle."""
+        from copy import copy
+
         self.__dict__.update(state)
-        self._pool = copy.copy(self._pool)
+        self._pool = copy(self._pool)
 
     @classmethod
     def from_arrays(
