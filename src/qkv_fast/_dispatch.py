@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +12,20 @@ from ._dtypes import Array
 from ._loader import native_module, notify_call_start, why_not_native
 from ._problem.problem import Problem
 from ._select import Request, decode_occupancy, from_environment, requested, resolve
+from ._threads import get_num_threads
 
 __all__ = ["notify_call_start", "solve"]
 
 _Runner = Callable[[Problem], None]
 _runners: dict[tuple[Request | None, int], _Runner] = {}
 _warned = False
+
+
+def _no_shortcut(*arguments: Any) -> None:
+    """Recognise no call, while no native engine is loaded."""
+
+
+shortcut: Callable[..., Any] = _no_shortcut  # see _native/shortcut.pyx
 
 
 def solve(p: Problem) -> Array | tuple[Array, Array]:
@@ -35,17 +44,20 @@ def solve(p: Problem) -> Array | tuple[Array, Array]:
 
 def _runner(request: Request | None, code: int) -> _Runner:
     """Return what computes problems of an element type for a request."""
+    global shortcut
     choice = resolve(request, code)
     if choice.engine == "python":
         from ._python_engine import run
 
         _warn_without_native(request)
         return run
-    native, tiles, isa = native_module(), choice.tiles, choice.isa
-    if tiles == "blas":
-        native.load_blas()
-    native_run, occupancies = native.run, decode_occupancy(choice, code)
-    return lambda p: native_run(p, tiles, isa, *occupancies)
+    native = native_module()
+    if shortcut is _no_shortcut:
+        native.connect(requested, _runners, get_num_threads)
+        shortcut = native.attend
+    occupancies = decode_occupancy(choice, code)
+    runner: _Runner = native.Runner(code, choice.tiles, choice.isa, *occupancies)
+    return runner
 
 
 def _warn_without_native(request: Request | None) -> None:

@@ -4,7 +4,9 @@ Imports point down only:
 
 Each module stands below those that import it:
 
-    engine          run(): a call, and its scratch
+    shortcut        attend(): a plain dense call, from its arrays to its answer
+      tensor_views  tensors of torch as arrays
+      engine        Runner: a call, and its scratch
       plan          Problem -> Plan: views, block sizes, tasks, scratch layout
       schedule      batch entries -> tasks
         prefill     many query rows: tiles over blocks of keys
@@ -24,22 +26,23 @@ Declarations that all of them share:
     kernels.pxd     the C headers
 """
 
-from .engine import describe, load_blas, run
+from .engine import Runner
 from .isa import best_isa, compiler, isas
 from .parallel import notify_call_start, threading
 from .probes import fma_peak, read_bandwidth, read_once
+from .shortcut import attend, connect
 
 __all__ = [
+    "Runner",
+    "attend",
     "best_isa",
-    "describe",
+    "connect",
     "fma_peak",
     "info",
     "isas",
-    "load_blas",
     "notify_call_start",
     "read_bandwidth",
     "read_once",
-    "run",
 ]
 
 
