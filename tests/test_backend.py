@@ -266,10 +266,10 @@ def test_every_call_notifies_the_threads_before_it_is_checked(native, monkeypatc
     x = np.ones((1, 2, 3, 8), np.float32)
     cache = qkv_fast.KVCache.from_arrays(x, x, 3)
     calls = (
-        lambda q: sdpa(q, x, x, query_offset=[0]),  # not one that _native/shortcut.pyx computes
+        lambda q: sdpa(q, x, x, query_offset=[0]),  # none of these is plain
         lambda q: qkv_fast.varlen_attention(q[0], x[0], x[0], [0, 2]),
         lambda q: qkv_fast.paged_attention(q, x, x, [[0]], 3),
-        cache.attend,
+        lambda q: cache.attend(q, sequences=[0]),
     )
     for call in calls:
         heard: list[str] = []

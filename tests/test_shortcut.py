@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,15 +57,19 @@ def counted() -> Iterator[list[bool]]:
     with connected(_dispatch._runners):
         pass
     taken: list[bool] = []
-    shortcut = _dispatch.shortcut
+    shortcuts = _dispatch.shortcuts
 
-    def count(*arguments: Any) -> Any:
-        answer = shortcut(*arguments)
-        taken.append(answer is not None)
-        return answer
+    def counting(name: str) -> Any:
+        def count(*arguments: Any) -> Any:
+            answer = getattr(shortcuts, name)(*arguments)
+            taken.append(answer is not None)
+            return answer
 
+        return count
+
+    names = ("attend", "attend_pages", "attend_cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dispatch, "shortcut", count)
+        patch.setattr(_dispatch, "shortcuts", SimpleNamespace(**{n: counting(n) for n in names}))
         yield taken
 
 
@@ -80,13 +85,13 @@ def tensors(rng: np.random.Generator, shape: Any, name: str) -> tuple[list[np.nd
     return arrays, {}
 
 
-def both_ways(*arguments: Any, **options: Any) -> bool:
+def both_ways(*arguments: Any, call: Any = sdpa, **options: Any) -> bool:
     """Compare a call with and without the shortcut; return whether it was taken."""
     with without_shortcut():
-        expected = sdpa(*arguments, **options)
+        expected = call(*arguments, **options)
     with counted() as taken:
-        assert_same(sdpa(*arguments, **options), expected)
-    return taken[0]
+        assert_same(call(*arguments, **options), expected)
+    return taken == [True]
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -197,9 +202,9 @@ def test_a_mask_that_out_overlaps(engine, rng):
     np.testing.assert_array_equal(sdpa(q, k, v, memory, out=memory), expected)
 
 
-def refusal(*arguments: Any, **options: Any) -> tuple[type, str]:
+def refusal(*arguments: Any, call: Any = sdpa, **options: Any) -> tuple[type, str]:
     with pytest.raises((TypeError, ValueError, MemoryError)) as caught:
-        sdpa(*arguments, **options)
+        call(*arguments, **options)
     return caught.type, str(caught.value)
 
 
@@ -259,17 +264,154 @@ def test_same_refusals(engine):
         assert refusal(*arguments, **options) == expected
 
 
+def stored(rng: np.random.Generator, pages: int, name: str) -> tuple[np.ndarray, dict]:
+    """Return rows of 3 heads in pages of 8, and their scales."""
+    rows = normal(rng, (pages, 3, 8, 16))
+    if name == "int8":
+        return (rows * 40).astype(np.int8), {"scales": rng.random(rows.shape[:3], np.float32)}
+    if name == "bfloat16":
+        return (rows.view(np.uint32) >> 16).astype(np.uint16), {}
+    return rows.astype(DTYPES[name]), {}
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "int8"])
+@pytest.mark.parametrize("query_name", DTYPES)
+def test_pages(engine, rng, query_name, name):
+    fast = has_shortcut(engine)
+    q = stored(rng, 2, query_name)[0].repeat(2, 1)[:, :, :3].copy()
+    (k, scales), (v, more) = stored(rng, 5, name), stored(rng, 5, name)
+    options = {"key_scales": scales["scales"], "value_scales": more["scales"]} if scales else {}
+    table, lengths = np.array([[4, 0, 1], [2, 1, 3]]), np.array([9, 24])
+    options |= {"call": qkv_fast.paged_attention, "dtype": "bfloat16"}
+    with without_shortcut(), contextlib.suppress(TypeError):
+        qkv_fast.paged_attention(q, k, v, table, lengths, dtype="bfloat16")  # resolves the choice
+    mask = rng.random((2, 1, 3, 24)) < 0.7
+    for arguments, more in (
+        ((q, k, v, table, lengths), {}),
+        ((q, k, v, table, lengths), {"is_causal": True, "return_lse": True, "scale": 0.2}),
+        ((q, k, v, table, lengths, mask), {"is_causal": True}),
+        ((q, k, v, table.astype(np.int32), lengths.astype(np.int32)), {"num_threads": 1}),
+        ((q[:, :3], k, v, np.asfortranarray(table), lengths[:]), {"enable_gqa": False}),
+        ((q, k, v[..., :5], table, np.array([0, 1])), {"return_lse": True}),
+    ):
+        assert both_ways(*arguments, **options, **more) == fast
+    outside = table.copy()
+    outside[0, 2] = -1  # which no query can see
+    for arguments, more in (
+        ((q, k, v, outside, lengths), {}),
+        ((q, k, v, table.tolist(), lengths), {}),
+        ((q, k, v, table, lengths.tolist()), {}),
+        ((q, k, v, table, lengths.astype(np.uint64)), {}),
+        ((q, k, v, table, np.array([0, 0])), {}),
+        ((q, k, v, table, lengths), {"query_offset": 3}),
+        ((q, k, v, table, lengths), {"window": (2, 0)}),
+    ):
+        assert not both_ways(*arguments, **options, **more)
+
+
+def test_same_refusals_of_pages(engine, rng):
+    q, k, v = normal(rng, (2, 6, 1, 16)), normal(rng, (5, 3, 8, 16)), normal(rng, (5, 3, 8, 16))
+    table, lengths = np.array([[4, 0, 1], [2, 1, 3]]), np.array([9, 24])
+    small = (k * 40).astype(np.int8)
+    scales = np.ones(k.shape[:3], np.float32)
+    qkv_fast.paged_attention(q, k, v, table, lengths)
+    for arguments, options in (
+        ((q, k, v, table, lengths + 1), {}),
+        ((q, k, v, table, -lengths), {}),
+        ((q, k, v, table, lengths[:1].repeat(3)), {}),
+        ((q, k, v, table, lengths * 1.0), {}),
+        ((q, k, v, table + 1, lengths), {}),
+        ((q, k, v, table - 1, lengths), {}),
+        ((q, k, v, table[:1], lengths), {}),
+        ((q, k, v, table[0], lengths), {}),
+        ((q, k, v, table > 0, lengths), {}),
+        ((q[:, :5], k, v, table, lengths), {}),
+        ((q, k, v, table, lengths), {"enable_gqa": False}),
+        ((q[0], k, v, table, lengths), {}),
+        ((q[:1], k, v, table, lengths), {}),
+        ((q, k[:4], v, table, lengths), {}),
+        ((q, k[0], v, table, lengths), {}),
+        ((q, k, v[:, :2], table, lengths), {}),
+        ((q, k, v[:, :, :7], table, lengths), {}),
+        ((q, k[:, :, :0], v[:, :, :0], table, lengths), {}),
+        ((q[..., :15], k, v, table, lengths), {}),
+        ((small[:2], k, v, table, lengths), {}),
+        ((q > 0, k, v, table, lengths), {}),
+        ((q, k > 0, v, table, lengths), {}),
+        ((q, k.view(np.int32), v, table, lengths), {}),
+        ((q, small, small, table, lengths), {}),
+        ((q, small, small, table, lengths), {"key_scales": scales}),
+        ((q, k, v, table, lengths), {"key_scales": scales, "value_scales": scales}),
+        ((q, small, v, table, lengths), {"key_scales": scales[:4]}),
+        ((q, small, v, table, lengths), {"key_scales": scales.astype(np.float64)}),
+        ((q, small, v, table, lengths), {"key_scales": scales.tolist()}),
+        ((q, k, v, table, lengths, np.ones((1, 23), bool)), {}),
+        ((q, k, v, table, lengths), {"dtype": "int8"}),
+        ((q, k, v, table, lengths), {"is_causal": None}),
+        ((q, k, v, table, lengths), {"num_threads": 0}),
+        ((q, k, v, table, lengths), {"out": np.empty((2, 6, 1, 15), np.float32)}),
+        ((q, k, v, table, lengths), {"out": np.empty((2, 6, 1, 16), np.float64)}),
+    ):
+        with without_shortcut():
+            expected = refusal(*arguments, call=qkv_fast.paged_attention, **options)
+        assert refusal(*arguments, call=qkv_fast.paged_attention, **options) == expected
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "int8"])
+@pytest.mark.parametrize("options", [{}, {"page_size": 8}, {"window": 4}], ids=str)
+def test_caches(engine, rng, options, name):
+    cache = qkv_fast.KVCache(2, 3, 24, 16, dtype=name, **options)
+    rows = normal(rng, (2, 3, 20, 16))
+    if name == "bfloat16":
+        rows = (rows.view(np.uint32) >> 16).astype(np.uint16)
+    cache.append(rows[:, :, :9], rows[:, :, 9:18])
+    cache.append(rows[:1, :, 18:], rows[:1, :, 18:], sequences=[0])
+    fast = has_shortcut(engine) and "window" not in options
+    q = normal(rng, (2, 6, 2, 16))
+    refused = refusal(q[:1], call=cache.attend), refusal(q > 0, call=cache.attend)
+    for more in (
+        {},
+        {"is_causal": True, "return_lse": True},
+        {"attn_mask": rng.random((2, 1, 2, 11)) < 0.7},
+        {"num_threads": 1, "scale": -0.5},
+        {"out": np.empty_like(q)},
+    ):
+        both_ways(q, call=cache.attend, **more)  # resolves the choice
+        assert both_ways(q, call=cache.attend, **more) == fast
+        with counted() as taken:
+            cache.attend(q, sequences=[0, 1], **more)
+        assert not taken
+    with without_shortcut():
+        assert refused == (refusal(q[:1], call=cache.attend), refusal(q > 0, call=cache.attend))
+
+
+def test_out_that_overlaps_pages(engine, rng):
+    memory = normal(rng, (5, 3, 8, 16))
+    v, q = normal(rng, memory.shape), normal(rng, (2, 3, 1, 16))
+    table, lengths = np.array([[4, 0, 1], [2, 1, 3]]), np.array([9, 24])
+    expected = qkv_fast.paged_attention(q, memory.copy(), v, table, lengths)
+    out = memory[1, :2].reshape(-1)[: q.size].reshape(q.shape)
+    qkv_fast.paged_attention(q, memory, v, table, lengths, out=out)
+    np.testing.assert_array_equal(out, expected)
+    out = np.empty_like(q)
+    with counted() as taken:
+        assert qkv_fast.paged_attention(q, v, v, table, lengths, out=out) is out
+    assert taken == [has_shortcut(engine)]
+
+
 def test_no_reference_is_kept(engine, rng):
     q, k, v = make(rng, (1, 2, 2, 4, 8, 8, 8))
     mask, out = np.ones((4, 8), bool), np.empty_like(q)
     huge = np.lib.stride_tricks.as_strided(q, (1, 1, 1, 1 << 41), (0, 0, 0, 0))
     one = np.ones((1, 1, 1, 4), np.float32)
-    given = (q, k, v, mask, out, huge, one)
+    table, lengths = np.zeros((1, 2), int), np.array([9])
+    given = (q, k, v, mask, out, huge, one, table, lengths)
     dtypes = (q.dtype, np.dtype(np.uint16))  # others may drop references to these
 
     def calls() -> None:
         sdpa(q, k, v, mask, out=out, return_lse=True)
         sdpa(q, k, v, mask)
+        qkv_fast.paged_attention(q, k, v, table, lengths, is_causal=True)
         sdpa(*(x.view(np.uint16) for x in (q, k, v)), dtype="bfloat16")
         with contextlib.suppress(MemoryError, ValueError):
             if engine.engine == "native":

@@ -197,7 +197,7 @@ def scaled_dot_product_attention(
     >>> qkv_fast.scaled_dot_product_attention(q, k, v).round(12)
     array([[3.]])
     """
-    answer: Array | tuple[Array, Array] | None = _dispatch.shortcut(
+    answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset, window,
         softcap, alibi_slopes, sinks, key_lengths, out, return_lse, num_threads, dtype)  # fmt: skip
     if answer is not None:

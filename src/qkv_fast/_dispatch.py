@@ -21,11 +21,17 @@ _runners: dict[tuple[Request | None, int], _Runner] = {}
 _warned = False
 
 
-def _no_shortcut(*arguments: Any) -> None:
+class _NoShortcuts:
     """Recognise no call, while no native engine is loaded."""
 
+    @staticmethod
+    def attend(*arguments: Any) -> None:
+        pass
 
-shortcut: Callable[..., Any] = _no_shortcut  # see _native/shortcut.pyx
+    attend_pages = attend_cache = attend
+
+
+shortcuts: Any = _NoShortcuts  # see _native/shortcut.pyx
 
 
 def solve(p: Problem) -> Array | tuple[Array, Array]:
@@ -44,7 +50,7 @@ def solve(p: Problem) -> Array | tuple[Array, Array]:
 
 def _runner(request: Request | None, code: int) -> _Runner:
     """Return what computes problems of an element type for a request."""
-    global shortcut
+    global shortcuts
     choice = resolve(request, code)
     if choice.engine == "python":
         from ._python_engine import run
@@ -52,9 +58,9 @@ def _runner(request: Request | None, code: int) -> _Runner:
         _warn_without_native(request)
         return run
     native = native_module()
-    if shortcut is _no_shortcut:
+    if shortcuts is _NoShortcuts:
         native.connect(requested, _runners, get_num_threads)
-        shortcut = native.attend
+        shortcuts = native
     occupancies = decode_occupancy(choice, code)
     runner: _Runner = native.Runner(code, choice.tiles, choice.isa, *occupancies)
     return runner

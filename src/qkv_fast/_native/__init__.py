@@ -5,6 +5,7 @@ Imports point down only:
 Each module stands below those that import it:
 
     shortcut        attend(): a plain dense call, from its arrays to its answer
+    stored_shortcut  attend_pages(), attend_cache(): the same for stored keys
       tensor_views  tensors of torch as arrays
       engine        Runner: a call, and its scratch
       plan          Problem -> Plan: views, block sizes, tasks, scratch layout
@@ -31,10 +32,13 @@ from .isa import best_isa, compiler, isas
 from .parallel import notify_call_start, threading
 from .probes import fma_peak, read_bandwidth, read_once
 from .shortcut import attend, connect
+from .stored_shortcut import attend_cache, attend_pages
 
 __all__ = [
     "Runner",
     "attend",
+    "attend_cache",
+    "attend_pages",
     "best_isa",
     "connect",
     "fma_peak",

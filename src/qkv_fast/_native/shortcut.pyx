@@ -1,4 +1,4 @@
-"""attend(): a plain dense call, from the caller's arrays to its answer.
+"""attend(): a plain dense call, from the caller's arrays to its answer; also see stored_shortcut.
 
 A small call computes for less time than the stages of _problem/ take in Python. Most calls need
 none of their cases: arrays or tensors of one native element type and one batch shape, perhaps a
@@ -29,9 +29,6 @@ cdef extern from "numpy/arrayobject.h":
 
 cnp.import_array()
 
-cdef enum:
-    MAX_AXES = 16
-
 cdef object UINT16 = cnp.PyArray_DescrFromType(cnp.NPY_UINT16)
 
 # What connect() was given.
@@ -48,7 +45,7 @@ def connect(request_variable, dict known_runners, thread_count):
 
 # --- What is recognised -------------------------------------------------------------------------
 
-cdef inline bint is_bool(x) noexcept:
+cdef bint is_bool(x) noexcept:
     return x is False or x is True
 
 
@@ -57,8 +54,8 @@ cdef inline int code_of(cnp.ndarray array, bint uint16_is_bf16) noexcept:
     cdef int number = cnp.PyArray_TYPE(array)
     if not cnp.PyArray_ISNOTSWAPPED(array):
         return -1
-    if uint16_is_bf16:
-        return QKV_BFLOAT16 if <PyObject *>cnp.PyArray_DESCR(array) == <PyObject *>UINT16 else -1
+    if uint16_is_bf16 and <PyObject *>cnp.PyArray_DESCR(array) == <PyObject *>UINT16:
+        return QKV_BFLOAT16
     if number == cnp.NPY_FLOAT32:
         return QKV_FLOAT32
     if number == cnp.NPY_FLOAT64:
@@ -209,11 +206,24 @@ cdef int count_threads(const Plan *plan, given) except -1:
     return get_num_threads()
 
 
+cdef int set_plain_scoring(Plan *plan, scale, bint is_causal) except -1:
+    """Set the scoring of a call with a scale or None, and no modifier but a mask."""
+    cdef double factor = 1.0 / sqrt(<double>plan.head_dim) if scale is None else scale
+    set_scoring(plan, factor, UNBOUNDED, 0 if is_causal else UNBOUNDED, 0.0, NULL)
+    return 0
+
+
 # --- A call -------------------------------------------------------------------------------------
 
+cdef cnp.ndarray new_lse(cnp.ndarray query, int code):
+    """Return a new array for the log-sum-exp of each row, for arithmetic of a type."""
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(query) - 1, cnp.PyArray_DIMS(query),
+                             cnp.NPY_FLOAT64 if code == QKV_FLOAT64 else cnp.NPY_FLOAT32, False)
+
+
 cdef bint compute(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, cnp.ndarray mask,
-                  cnp.ndarray out, cnp.ndarray lse, int code, int mask_code, double scale,
-                  bint is_causal, num_threads) except -1:
+                  cnp.ndarray out, cnp.ndarray lse, int code, int mask_code, scale, bint is_causal,
+                  num_threads) except -1:
     """Compute into `out` and `lse`; return whether mask and num_threads were recognised."""
     cdef Runner runner = find_runner(code)
     cdef Launch launch
@@ -230,7 +240,7 @@ cdef bint compute(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, cnp.nda
     if budget == 0:
         return False
     view_numbers(&plan.lse, lse, plan.batch_ndim)
-    set_scoring(plan, scale, UNBOUNDED, 0 if is_causal else UNBOUNDED, 0.0, NULL)
+    set_plain_scoring(plan, scale, is_causal)
     execute(&launch, runner, budget, NULL)
     return True
 
@@ -266,10 +276,7 @@ def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         if out_code != code or not is_writable(rows, q, k, v, mask):
             return None
     if return_lse:
-        lse = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(q) - 1, cnp.PyArray_DIMS(q),
-                                cnp.NPY_FLOAT64 if code == QKV_FLOAT64 else cnp.NPY_FLOAT32, False)
-    if scale is None:
-        scale = 1.0 / sqrt(<double>cnp.PyArray_DIMS(q)[cnp.PyArray_NDIM(q) - 1])
+        lse = new_lse(q, code)
     if not compute(q, k, v, mask, rows, lse, code, mask_code, scale, is_causal, num_threads):
         return None
     return out if lse is None else (out, lse)
