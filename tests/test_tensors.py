@@ -360,6 +360,8 @@ def test_plain_calls_take_the_shortcut(native, rng, dtype):
     assert [sys.getrefcount(x) for x in (*given, mask, out)] == counts
     with pytest.raises(TypeError, match="must have the same one of"):
         sdpa(q, k.to(torch.int32), v, enable_gqa=True)
+    with pytest.raises(TypeError, match="ZeroTensor"):
+        sdpa(q, k, torch._efficientzerotensor(v.shape, dtype=v.dtype), enable_gqa=True)
     if dtype == ml_dtypes.bfloat16:
         patterns = bits(q)
         for mixed in ((q, bits(k), v), (patterns, k, v), (patterns, bits(k), bits(v))):

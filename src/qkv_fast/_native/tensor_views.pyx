@@ -70,7 +70,7 @@ cdef bint has_functions(type given) except -1:
 
 
 cdef int number_of(const DLTensor *tensor, int *code) noexcept:
-    """Return NumPy's number of an element type and set its code; return -1 for others."""
+    """Return NumPy's number of an element type and set its code; -1 and no code for others."""
     cdef int bits = tensor.type_bits
     if tensor.type_code == FLOAT and bits == 32:
         code[0] = QKV_FLOAT32
@@ -93,7 +93,7 @@ cdef int number_of(const DLTensor *tensor, int *code) noexcept:
 cdef cnp.ndarray view_tensor(given, int *code):
     """View a dense CPU tensor of torch that needs no gradient, and set its element type's code.
 
-    Return None for anything else. bfloat16 becomes uint16.
+    For anything else return None and leave the code alone. bfloat16 becomes uint16.
     """
     cdef DLTensor tensor
     cdef cnp.npy_intp shape[MAX_AXES]
@@ -105,8 +105,11 @@ cdef cnp.ndarray view_tensor(given, int *code):
     if api.dltensor_from_object(<PyObject *>given, &tensor) != 0:
         PyErr_Clear()                   # a tensor without memory of its own
         return None
+    if (tensor.device_type != CPU or tensor.ndim > MAX_AXES or tensor.type_lanes != 1
+            or tensor.data == NULL):    # a ZeroTensor, or empty; NumPy would allocate memory
+        return None
     number = number_of(&tensor, code)
-    if number < 0 or tensor.device_type != CPU or tensor.ndim > MAX_AXES or tensor.type_lanes != 1:
+    if number < 0:
         return None
     for axis in range(tensor.ndim):
         shape[axis] = tensor.shape[axis]
