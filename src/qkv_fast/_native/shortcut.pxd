@@ -14,6 +14,3 @@ cdef cnp.ndarray new_lse(cnp.ndarray query, int code)
 cdef Runner find_runner(int code)
 cdef int count_threads(const Plan *plan, given) except -1
 cdef int set_plain_scoring(Plan *plan, scale, bint is_causal) except -1
-
-cdef enum:
-    MAX_AXES = 16           # of arrays that are recognised

@@ -2,7 +2,7 @@
 
 A small call computes for less time than the stages of _problem/ take in Python. Most calls need
 none of their cases: arrays or tensors of one native element type and one batch shape, perhaps a
-mask, and options at their defaults. This module recognises such a call in C and runs the engine on
+mask and positions, and no other options. This module recognises such a call in C and runs the engine on
 it. A call that it does not recognise goes through the stages, which alone refuse calls. So attend()
 accepts nothing that they refuse, and its answer has the bits, the layout and the type of theirs.
 """
@@ -10,12 +10,13 @@ accepts nothing that they refuse, and its answer has the bits, the layout and th
 cimport numpy as cnp
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport sqrt
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from .engine cimport Runner, execute
 from .kernels cimport QKV_BFLOAT16, QKV_BOOL, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64
 from .plan cimport set_scoring, view_numbers, view_tensors
-from .tensor_views cimport view_tensor
+from .tensor_views cimport MAX_AXES, view_tensor
 from .tuning cimport SERIAL_WORK
 from .types cimport UNBOUNDED, Launch, Plan
 
@@ -28,6 +29,9 @@ cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, cnp.PyArray_Descr *, int)
 
 cnp.import_array()
+
+cdef enum:
+    MAX_OFFSET = 1 << 30    # of queries; the stages allow more
 
 cdef object UINT16 = cnp.PyArray_DescrFromType(cnp.NPY_UINT16)
 
@@ -223,12 +227,13 @@ cdef cnp.ndarray new_lse(cnp.ndarray query, int code):
 
 cdef bint compute(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, cnp.ndarray mask,
                   cnp.ndarray out, cnp.ndarray lse, int code, int mask_code, scale, bint is_causal,
-                  num_threads) except -1:
+                  int64_t query_offset, num_threads) except -1:
     """Compute into `out` and `lse`; return whether mask and num_threads were recognised."""
     cdef Runner runner = find_runner(code)
     cdef Launch launch
     cdef Plan *plan = &launch.prefill
     cdef cnp.npy_intp mask_strides[MAX_AXES]
+    cdef Py_ssize_t no_strides[MAX_AXES]
     cdef int budget
     if runner is None:
         return False
@@ -240,6 +245,10 @@ cdef bint compute(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, cnp.nda
     if budget == 0:
         return False
     view_numbers(&plan.lse, lse, plan.batch_ndim)
+    if query_offset != 0:               # the same for all batch entries
+        memset(no_strides, 0, sizeof(no_strides))
+        plan.query_offset.batch_strides = no_strides
+        plan.query_offset.data = <char *>&query_offset
     set_plain_scoring(plan, scale, is_causal)
     execute(&launch, runner, budget, NULL)
     return True
@@ -254,7 +263,7 @@ def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     if not (window is None and softcap is None and alibi_slopes is None and sinks is None
             and key_lengths is None and is_bool(is_causal) and is_bool(enable_gqa)
             and is_bool(return_lse) and type(dropout_p) is float and dropout_p == 0.0
-            and type(query_offset) is int and query_offset == 0
+            and type(query_offset) is int and -MAX_OFFSET <= query_offset <= MAX_OFFSET
             and (scale is None or type(scale) is float)
             and (not uint16_is_bf16 or type(dtype) is str and dtype == "bfloat16")):
         return None
@@ -277,6 +286,7 @@ def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
             return None
     if return_lse:
         lse = new_lse(q, code)
-    if not compute(q, k, v, mask, rows, lse, code, mask_code, scale, is_causal, num_threads):
+    if not compute(q, k, v, mask, rows, lse, code, mask_code, scale, is_causal, query_offset,
+                   num_threads):
         return None
     return out if lse is None else (out, lse)

@@ -12,9 +12,10 @@ from .engine cimport Runner, execute
 from .kernels cimport QKV_BFLOAT16, QKV_BOOL, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8
 from .plan cimport view_numbers, view_tensors
 from .shortcut cimport (
-    MAX_AXES, count_threads, find_runner, is_bool, is_writable, new_lse, new_rows, overlap,
+    count_threads, find_runner, is_bool, is_writable, new_lse, new_rows, overlap,
     set_plain_scoring, view, view_mask,
 )
+from .tensor_views cimport MAX_AXES
 from .types cimport Launch, Plan
 
 cnp.import_array()

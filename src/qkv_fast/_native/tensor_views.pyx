@@ -44,9 +44,6 @@ cdef enum:  # of DLPack
     BFLOAT = 4
     BOOL = 6
 
-cdef enum:
-    MAX_AXES = 16
-
 cdef object tensor_type = None          # torch.Tensor, once one was met that has the functions
 cdef DLPackExchangeAPI *api = NULL
 
