@@ -144,7 +144,7 @@ cdef int view_problem(Plan *plan, problem) except -1:
 
 cdef void set_scoring(Plan *plan, double scale, int64_t left, int64_t right, double softcap,
                       const double *sinks) noexcept:
-    """Set what turns products into scores, when all else is viewed; a modifier's numbers go here."""
+    """Set what turns products into scores, after all views; a modifier's numbers go here."""
     plan.scale = scale
     plan.left = left
     plan.right = right

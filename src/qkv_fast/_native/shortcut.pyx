@@ -2,9 +2,10 @@
 
 A small call computes for less time than the stages of _problem/ take in Python. Most calls need
 none of their cases: arrays or tensors of one native element type and one batch shape, perhaps a
-mask and positions, and no other options. This module recognises such a call in C and runs the engine on
-it. A call that it does not recognise goes through the stages, which alone refuse calls. So attend()
-accepts nothing that they refuse, and its answer has the bits, the layout and the type of theirs.
+mask and positions, and no other options. This module recognises such a call in C and runs the
+engine on it. A call that it does not recognise goes through the stages, which alone refuse calls.
+So attend() accepts nothing that they refuse, and its answer has the bits, the layout and the type
+of theirs.
 """
 
 cimport numpy as cnp

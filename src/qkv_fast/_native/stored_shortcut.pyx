@@ -1,7 +1,7 @@
-"""attend_pages(), attend_cache(): plain calls on stored keys, as shortcut.pyx has them on dense ones.
+"""attend_pages(), attend_cache(): plain calls on stored keys; shortcut.pyx has the dense ones.
 
-Plain are: queries (batch, Hq, Lq, D) at the end of their sequences, which are not all empty; keys and
-values of the element types that can be stored; perhaps a mask and causal positions.
+Plain are: queries (batch, Hq, Lq, D) at the end of their sequences, which are not all empty; keys
+and values of the element types that can be stored; perhaps a mask and causal positions.
 """
 
 cimport numpy as cnp
@@ -47,7 +47,7 @@ cdef bint set_code(Stored *types) noexcept:
 
 
 cdef bint are_scales(scales, int code, cnp.ndarray stored) noexcept:
-    """Return whether these are the scales of what is stored: None, or a factor for each int8 row."""
+    """Return whether these scales go with what is stored: a factor for each int8 row, or None."""
     cdef int axis
     if code != QKV_INT8 or scales is None:
         return code != QKV_INT8 and scales is None
