@@ -34,6 +34,23 @@ def make(
     )
 
 
+def assert_same(first: Any, second: Any) -> None:
+    """Check that two answers agree in bits, element type, layout, flags and number."""
+    assert type(first) is type(second)
+    if isinstance(first, tuple):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+        return
+    assert type(first) is np.ndarray
+    assert first.dtype == second.dtype
+    assert first.dtype.isnative
+    assert first.shape == second.shape
+    assert first.strides == second.strides
+    assert str(first.flags) == str(second.flags)
+    assert first.tobytes() == second.tobytes()
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter, with nothing of ours in the environment but what is given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("QKV_", "OMP_", "GOMP_"))}

@@ -183,19 +183,23 @@ def test_omp_num_threads_is_the_default():
 
 def test_cgroup_quotas(tmp_path: Path):
     member = tmp_path / "member"
-    assert _threads.cgroup_quota(tmp_path, tmp_path / "none") is None
+
+    def quota() -> float | None:
+        return _threads.cgroup_quota(str(tmp_path), str(member))
+
+    assert quota() is None
     member.write_text("0::/a/b\n")
-    assert _threads.cgroup_quota(tmp_path, member) is None
+    assert quota() is None
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    assert _threads.cgroup_quota(tmp_path, member) is None
+    assert quota() is None
     (tmp_path / "a" / "cpu.max").write_text("250000 100000\n")
-    assert _threads.cgroup_quota(tmp_path, member) == 2.5
+    assert quota() == 2.5
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("150000\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     member.write_text("3:cpu,cpuacct:/gone\n2:memory:/x\n")
-    assert _threads.cgroup_quota(tmp_path, member) == 1.5
+    assert quota() == 1.5
 
 
 def test_a_quota_lowers_the_default(monkeypatch):
@@ -253,7 +257,7 @@ def test_blas_gets_no_more_threads_than_there_are_cpus(native, monkeypatch):
     output(problem, None, False, 4)
     busy = np.zeros(4)
     monkeypatch.setattr(_threads, "cpus", lambda: 1)
-    _loader.native_module().run(problem, "blas", "scalar", 0.0, 0.0, busy)
+    _loader.native_module().Runner(problem.code, "blas", "scalar")(problem, busy)
     assert busy[0] > 0
     assert not busy[1:].any()
 
@@ -262,10 +266,10 @@ def test_every_call_notifies_the_threads_before_it_is_checked(native, monkeypatc
     x = np.ones((1, 2, 3, 8), np.float32)
     cache = qkv_fast.KVCache.from_arrays(x, x, 3)
     calls = (
-        lambda q: sdpa(q, x, x),
+        lambda q: sdpa(q, x, x, query_offset=[0]),  # none of these is plain
         lambda q: qkv_fast.varlen_attention(q[0], x[0], x[0], [0, 2]),
         lambda q: qkv_fast.paged_attention(q, x, x, [[0]], 3),
-        cache.attend,
+        lambda q: cache.attend(q, sequences=[0]),
     )
     for call in calls:
         heard: list[str] = []

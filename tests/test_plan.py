@@ -31,7 +31,7 @@ def problem(query: tuple[int, ...], key: np.ndarray, **fields: Any) -> Problem:
 
 
 def describe(p: Problem, occupancy: float = 0.625) -> dict[str, Any]:
-    return native.describe(p, "simd", "scalar", occupancy, occupancy)
+    return native.Runner(p.code, "simd", "scalar", occupancy, occupancy).describe(p)
 
 
 def dense(*shape: int, dtype: type = np.float32) -> np.ndarray:

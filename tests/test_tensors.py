@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import make, normal, run_python
+from helpers import assert_same, make, normal, run_python
+from test_shortcut import counted, without_shortcut
 
 import qkv_fast
 from qkv_fast import KVCache, merge_attention, paged_attention, varlen_attention
@@ -317,3 +319,54 @@ def test_a_half_imported_torch_is_no_torch(monkeypatch):
         sdpa([1.0], [1.0], [1.0])
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         qkv_fast.KVCache(1, 1, 1, 1, dtype="int4")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_plain_calls_take_the_shortcut(native, rng, dtype):
+    """What _native/tensor_views.pyx sees is what the stages see, and nothing keeps it alive."""
+    q, k, v = given = tensors(make(rng, (2, 4, 2, 5, 9, 16, 16), dtype))
+    tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    mask = torch.from_numpy(rng.random((2, 1, 1, 9)) < 0.7)
+    parts = torch.complex(*(x.float() for x in (q, q))).conj().imag if dtype == np.float32 else q
+    out = torch.empty_like(q)
+    for arguments, options in (
+        (given, {}),
+        (tokens_first, {"is_causal": True, "return_lse": True}),
+        ((*given, mask), {}),
+        ((*given, torch.zeros(5, 9, dtype=q.dtype)), {}),
+        ((q[0, :, 1:], k[0], v[0]), {}),
+        ((q.clone().requires_grad_(), k, v), {}),
+        ((parts, k, v), {}),
+        ((q[:, :, :0], k, v), {}),
+        (given, {"out": out}),
+        (given, {"out": q.clone()}),
+    ):
+        with torch.no_grad():
+            with without_shortcut():
+                expected = copy.deepcopy(sdpa(*arguments, enable_gqa=True, **options))
+            answer = sdpa(*arguments, enable_gqa=True, **options)
+        if "out" in options:
+            assert answer is options["out"]
+            assert torch.equal(answer, expected)
+        else:
+            assert_same(answer, expected)
+    with counted() as taken:
+        sdpa(q, k, v, mask, enable_gqa=True, out=out)
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        assert taken == [qkv_fast._select.current().tiles == "simd"]
+    counts = [sys.getrefcount(x) for x in (*given, mask, out)]
+    for _ in range(3):
+        sdpa(*given, mask, enable_gqa=True, out=out)
+    assert [sys.getrefcount(x) for x in (*given, mask, out)] == counts
+    with pytest.raises(TypeError, match="must have the same one of"):
+        sdpa(q, k.to(torch.int32), v, enable_gqa=True)
+    with pytest.raises(TypeError, match="ZeroTensor"):
+        sdpa(q, k, torch._efficientzerotensor(v.shape, dtype=v.dtype), enable_gqa=True)
+    if dtype == ml_dtypes.bfloat16:
+        patterns = bits(q)
+        for mixed in ((q, bits(k), v), (patterns, k, v), (patterns, bits(k), bits(v))):
+            with pytest.raises(TypeError, match="must have the same one of"):
+                sdpa(*mixed, enable_gqa=True)
+            assert_same(
+                sdpa(*mixed, enable_gqa=True, dtype="bfloat16"), sdpa(*given, enable_gqa=True)
+            )

@@ -68,7 +68,7 @@ static atomic_int running_jobs;
 static atomic_int assumed_cpus;
 static atomic_int threading = QKV_THREADING_AUTO;
 static atomic_llong last_call_start; /* nanoseconds() of qkv_notify_call_start */
-static atomic_llong call_distance;   /* between the starts of the last two calls */
+static atomic_llong last_job_start;
 static atomic_int forked;
 
 static void note_fork(void) { atomic_store(&forked, 1); }
@@ -218,9 +218,7 @@ static worker *start_worker(void)
 
 void qkv_notify_call_start(void)
 {
-    const long long now = nanoseconds();
-    atomic_store_explicit(&call_distance, now - last_call_start, memory_order_relaxed);
-    atomic_store_explicit(&last_call_start, now, memory_order_relaxed);
+    atomic_store_explicit(&last_call_start, nanoseconds(), memory_order_relaxed);
 }
 
 /* Takes up to `wanted` idle workers, starting new ones only while there are fewer than that in
@@ -261,7 +259,6 @@ static void run_on_own_pool(job *j, ptrdiff_t count)
     const int helpers = hire(hired, j->threads - 1);
     j->threads = helpers + 1;
     divide_tasks(j, count);
-    j->began = helpers ? nanoseconds() : 0;
     atomic_store(&j->running, helpers);
     j->hired = hired;
     for (int i = 0; i < helpers; i++) atomic_store(&hired[i]->job, j);
@@ -284,7 +281,9 @@ void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t 
     if (j.threads > 1 && choice != QKV_THREADING_POOL &&
         run_on_openmp_team(&j, count, choice == QKV_THREADING_OPENMP))
         return;
-    if (is_short && call_distance > FREQUENT) j.threads = 1;
+    j.began = nanoseconds();
+    const long long before = atomic_exchange_explicit(&last_job_start, j.began, memory_order_relaxed);
+    if (is_short && j.began - before > FREQUENT) j.threads = 1;
     atomic_fetch_add_explicit(&running_jobs, 1, memory_order_relaxed);
     run_on_own_pool(&j, count);
     atomic_fetch_sub_explicit(&running_jobs, 1, memory_order_relaxed);

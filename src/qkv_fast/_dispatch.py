@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +12,26 @@ from ._dtypes import Array
 from ._loader import native_module, notify_call_start, why_not_native
 from ._problem.problem import Problem
 from ._select import Request, decode_occupancy, from_environment, requested, resolve
+from ._threads import get_num_threads
 
 __all__ = ["notify_call_start", "solve"]
 
 _Runner = Callable[[Problem], None]
 _runners: dict[tuple[Request | None, int], _Runner] = {}
 _warned = False
+
+
+class _NoShortcuts:
+    """Recognise no call, while no native engine is loaded."""
+
+    @staticmethod
+    def attend(*arguments: Any) -> None:
+        pass
+
+    attend_pages = attend_cache = attend
+
+
+shortcuts: Any = _NoShortcuts  # see _native/shortcut.pyx
 
 
 def solve(p: Problem) -> Array | tuple[Array, Array]:
@@ -35,17 +50,20 @@ def solve(p: Problem) -> Array | tuple[Array, Array]:
 
 def _runner(request: Request | None, code: int) -> _Runner:
     """Return what computes problems of an element type for a request."""
+    global shortcuts
     choice = resolve(request, code)
     if choice.engine == "python":
         from ._python_engine import run
 
         _warn_without_native(request)
         return run
-    native, tiles, isa = native_module(), choice.tiles, choice.isa
-    if tiles == "blas":
-        native.load_blas()
-    native_run, occupancies = native.run, decode_occupancy(choice, code)
-    return lambda p: native_run(p, tiles, isa, *occupancies)
+    native = native_module()
+    if shortcuts is _NoShortcuts:
+        native.connect(requested, _runners, get_num_threads)
+        shortcuts = native
+    occupancies = decode_occupancy(choice, code)
+    runner: _Runner = native.Runner(code, choice.tiles, choice.isa, *occupancies)
+    return runner
 
 
 def _warn_without_native(request: Request | None) -> None:

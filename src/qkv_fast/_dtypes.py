@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array = np.ndarray[tuple[Any, ...], np.dtype[Any]]  # npt.NDArray[Any], without its import of 1 ms
 
 # Codes of the element types, as csrc numbers them. SWAPPED is added for the other byte order.
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16, BOOL, INT8, SWAPPED = 0, 1, 2, 3, 4, 5, 8

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
+from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import CODES, Array, dtype_name, rounded
 from ._options import CacheOptions, Ints, Window
@@ -133,8 +133,10 @@ class KVCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy of another cache's storage: for copy.copy, copy.deepcopy and pickle."""
+        from copy import copy
+
         self.__dict__.update(state)
-        self._pool = copy.copy(self._pool)
+        self._pool = copy(self._pool)
 
     @classmethod
     def from_arrays(
@@ -350,9 +352,16 @@ class KVCache:
         lse : ndarray, shape (batch, Hq, Lq)
             With `return_lse`.
         """
-        notify_call_start()
         pool = self._pool
         lengths, table = pool.lengths, None if pool.fixed else pool.table
+        if sequences is None and pool.window is None:
+            answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_cache(
+                query, pool.keys, pool.values, pool.key_scales, pool.value_scales, table, lengths,
+                attn_mask, is_causal, scale, window, softcap, alibi_slopes, sinks, out, return_lse,
+                num_threads)  # fmt: skip
+            if answer is not None:
+                return answer
+        notify_call_start()
         if sequences is not None:
             chosen = self._chosen(sequences)
             lengths, table = lengths[chosen], pool.table[chosen]

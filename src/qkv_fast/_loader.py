@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -62,10 +60,12 @@ def notify_call_start() -> None:
 
 def build_facts() -> dict[str, Any]:
     """Return what setup.py noted when it built the package."""
+    import json  # it takes 2 ms, and `import qkv_fast` does not need it
+
+    path = os.path.join(os.path.dirname(__file__), "_build_info.json")
     try:
-        facts: dict[str, Any] = json.loads(
-            Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8")
-        )
+        with open(path, encoding="utf-8") as file:
+            facts: dict[str, Any] = json.load(file)
     except (OSError, ValueError):
         return {}
     return facts

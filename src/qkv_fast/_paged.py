@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
+from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
 from ._options import Ints, PagedOptions, Window
@@ -157,6 +158,12 @@ def paged_attention(
     >>> bool(np.allclose(out[0], dense))
     True
     """
+    answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_pages(
+        query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal, scale,
+        enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, key_scales, value_scales,
+        out, return_lse, num_threads, dtype)  # fmt: skip
+    if answer is not None:
+        return answer
     notify_call_start()
     p = Problem()
     paged(p, query, key_pages, value_pages, block_table, key_lengths, key_scales, value_scales,

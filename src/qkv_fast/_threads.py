@@ -6,11 +6,9 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ._problem.arguments import integer
 
-_MOUNT = Path("/sys/fs/cgroup")
 _process_wide: int | None = None
 _local: contextvars.ContextVar[int | None] = contextvars.ContextVar("threads", default=None)
 _default: tuple[int, str] | None = None
@@ -117,11 +115,11 @@ def cpus() -> int:
 
 
 def cgroup_quota(
-    mount: Path = _MOUNT, membership: Path = Path("/proc/self/cgroup")
+    mount: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup"
 ) -> float | None:
     """Return how many CPUs the cgroups of the process grant time of; None if unlimited."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = _read(membership).splitlines()
     except OSError:
         return None
     quotas: list[float] = []
@@ -130,16 +128,20 @@ def cgroup_quota(
         if hierarchy == "0":  # version 2: one tree, "quota period" or "max period"
             root, names = mount, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            root, names = mount / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            root, names = f"{mount}/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
+        parts = path.split("/")
+        for depth in range(len(parts), 0, -1):
+            folder = "/".join([root, *parts[1:depth]])
             with contextlib.suppress(OSError, ValueError):
-                fields = " ".join((folder / name).read_text() for name in names).split()
+                fields = " ".join(_read(f"{folder}/{name}") for name in names).split()
                 quota, period = float(fields[0]), float(fields[1])
                 if quota > 0 and period > 0:
                     quotas.append(quota / period)
-            if folder == root:
-                break
     return min(quotas, default=None)
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()

@@ -2,7 +2,10 @@
 
 Each module stands below those that import it:
 
-    engine          run(): a call, and its scratch
+    shortcut        attend(): a plain dense call, from its arrays to its answer
+    stored_shortcut  attend_pages(), attend_cache(): the same for stored keys
+      tensor_views  tensors of torch as arrays
+      engine        Runner: a call, and its scratch
       plan          Problem -> Plan: views, block sizes, tasks, scratch layout
       schedule      batch entries -> tasks
         prefill     many query rows: tiles over blocks of keys
@@ -22,24 +25,28 @@ Declarations that all of them share:
     kernels.pxd     the C headers
 """
 
-from .engine import describe, load_blas, run
+from .engine import Runner
 from .isa import best_isa, compiler, isas
 from .parallel import assume_cpus, limit_cpus, notify_call_start, team_calls, threading
 from .probes import fma_peak, read_bandwidth, read_once
+from .shortcut import attend, connect
+from .stored_shortcut import attend_cache, attend_pages
 
 __all__ = [
+    "Runner",
     "assume_cpus",
+    "attend",
+    "attend_cache",
+    "attend_pages",
     "best_isa",
-    "describe",
+    "connect",
     "fma_peak",
     "info",
     "isas",
     "limit_cpus",
-    "load_blas",
     "notify_call_start",
     "read_bandwidth",
     "read_once",
-    "run",
     "team_calls",
 ]
 

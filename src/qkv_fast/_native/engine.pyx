@@ -1,4 +1,4 @@
-"""run(): compute a Problem, and the scratch that its threads work in."""
+"""Runner: computes Problems with one choice of kernels, in scratch that is kept between calls."""
 
 cimport cython
 cimport numpy as cnp
@@ -11,24 +11,15 @@ from .kernels cimport QKV_FLOAT32, QKV_FLOAT64, qkv_tile_kernels
 from .parallel cimport begin_call, end_call, raise_pending, run_tasks
 from .plan cimport (
     choose_decode_tasks, choose_max_decode_rows, choose_prefill_tasks, is_in_place, lay_out_decode,
-    lay_out_prefill, limit_to_blas, plan_decode, plan_prefill,
+    lay_out_prefill, limit_to_blas, plan_decode, plan_prefill, view_problem,
 )
 from .schedule cimport count_tasks, run_task, set_offsets
 from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE, SHORT_WORK
-from .types cimport Launch, PartialState, Plan, TaskOffset, round_up
+from .types cimport PartialState, Plan, TaskOffset, round_up
 
 cnp.import_array()
 
 cdef object blas = None                 # the module, from its first use on
-
-
-def load_blas():
-    """Import SciPy's BLAS, which takes a quarter of a second; run() does it when it is needed."""
-    global blas
-    if blas is None:
-        from . import blas as module
-
-        blas = module
 
 
 # --- Scratch: kept between calls ----------------------------------------------------------------
@@ -75,33 +66,22 @@ cdef bint is_empty(problem) except -1:
             and (problem.lse is None or cnp.PyArray_SIZE(problem.lse) == 0))
 
 
-cdef int plan_algorithms(Launch *launch, problem, str gemm, str isa, double occupancy,
-                         double occupancy_converted) except -1:
-    """Fill the launch's plans, all but tasks and scratch; return the call's budget of threads."""
+cdef void plan_algorithms(Launch *launch, Runner runner) noexcept:
+    """Complete the launch's plans, all but tasks and scratch, from the views of prefill's."""
     cdef Plan *prefill = &launch.prefill
-    cdef int index = index_of(isa), budget = problem.num_threads, axis
-    cdef bint is_double = problem.code == QKV_FLOAT64
-    cdef const qkv_tile_kernels *kernels
-    memset(launch, 0, sizeof(Launch))
+    cdef int axis
     launch.decode.heads_per_task = 1
-    if gemm == "blas":
-        load_blas()
-        budget = blas.limit_threads(budget)
-        kernels = <const qkv_tile_kernels *><size_t>blas.table_address(index, is_double)
-    else:
-        kernels = table_of(index, problem.code)
-    plan_prefill(prefill, problem, kernels, &launch.interrupt)
-    if gemm == "blas":
+    plan_prefill(prefill, runner.prefill, &launch.interrupt)
+    if runner.uses_blas:
         limit_to_blas(prefill)
     launch.batches = 1
     for axis in range(prefill.batch_ndim):
         launch.batches *= prefill.batch_shape[axis]
-    launch.decode_occupancy = occupancy if is_in_place(prefill) else occupancy_converted
+    launch.decode_occupancy = (runner.occupancy if is_in_place(prefill)
+                               else runner.occupancy_converted)
     if launch.decode_occupancy > 0:
-        kernels = table_of(index, QKV_FLOAT64 if is_double else QKV_FLOAT32)
-        launch.max_decode_rows = choose_max_decode_rows(prefill, kernels)
-        plan_decode(&launch.decode, prefill, kernels)
-    return budget
+        launch.max_decode_rows = choose_max_decode_rows(prefill, runner.decode)
+        plan_decode(&launch.decode, prefill, runner.decode)
 
 
 cdef int count_interruptibly(Launch *launch) except -1:
@@ -151,46 +131,79 @@ cdef int compute(Launch *launch, int threads, double *busy) except -1:
     return raise_pending(&launch.interrupt)
 
 
-def run(problem, str gemm, str isa, double occupancy=0, double occupancy_converted=0,
-        cnp.ndarray busy=None):
-    """Compute a Problem (see _problem/problem.py) into its `out` and `lse`.
+cdef int execute(Launch *launch, Runner runner, int budget, double *busy) except -1:
+    """Compute what the views of an otherwise empty launch show, with at most `budget` threads."""
+    cdef int threads
+    if runner.uses_blas:
+        budget = blas.limit_threads(budget)
+    plan_algorithms(launch, runner)
+    count_interruptibly(launch)
+    if launch.totals.task == 0:
+        return 0
+    threads = begin_call(launch.work, min(<Py_ssize_t>budget, launch.totals.task))
+    try:
+        plan_tasks(launch, threads)
+        compute(launch, threads, busy)
+    finally:
+        end_call()
+    return 0
+
+
+@cython.final
+cdef class Runner:
+    """What computes Problems of an element type with one choice of kernels.
 
     gemm: what computes prefill's products, "simd" or "blas".
     occupancy: the share of a query tile's lanes up to which decode computes a sequence; 0 for
     prefill alone. occupancy_converted: the same where prefill would have to convert the keys.
-    busy: float64; the seconds that each thread was in tasks are added to it.
     """
-    cdef Launch launch
-    cdef int budget, threads
-    cdef double *seconds = NULL
-    if is_empty(problem):
-        return
-    budget = plan_algorithms(&launch, problem, gemm, isa, occupancy, occupancy_converted)
-    count_interruptibly(&launch)
-    if launch.totals.task == 0:
-        return
-    if busy is not None:
-        seconds = <double *>cnp.PyArray_DATA(busy)
-        budget = min(budget, <int>cnp.PyArray_SIZE(busy))
-    threads = begin_call(launch.work, min(<Py_ssize_t>budget, launch.totals.task))
-    try:
-        plan_tasks(&launch, threads)
-        compute(&launch, threads, seconds)
-    finally:
-        end_call()
 
+    def __init__(self, int code, str gemm, str isa, double occupancy=0,
+                 double occupancy_converted=0):
+        global blas
+        cdef int index = index_of(isa)
+        cdef bint is_double = code == QKV_FLOAT64
+        self.uses_blas = gemm == "blas"
+        if self.uses_blas:
+            from . import blas          # SciPy's, whose import takes a quarter of a second
 
-def describe(problem, str gemm, str isa, double occupancy=0, double occupancy_converted=0):
-    """Return what run() would do, for tests: the plans' choices and the scratch layout."""
-    cdef Launch launch
-    cdef int budget = plan_algorithms(&launch, problem, gemm, isa, occupancy, occupancy_converted)
-    count_tasks(&launch)
-    plan_tasks(&launch, budget)
-    return {"tasks of one": launch.totals.task, "partials": launch.totals.partial,
-            "work": launch.work, "max_decode_rows": launch.max_decode_rows,
-            "scratch_bytes": launch.scratch_bytes, "partial_bytes": launch.partial_bytes,
-            "prefill": describe_plan(&launch.prefill),
-            "decode": describe_plan(&launch.decode) if launch.max_decode_rows else None}
+            self.prefill = <const qkv_tile_kernels *><size_t>blas.table_address(index, is_double)
+        else:
+            self.prefill = table_of(index, code)
+        self.decode = table_of(index, QKV_FLOAT64 if is_double else QKV_FLOAT32)
+        self.occupancy = occupancy
+        self.occupancy_converted = occupancy_converted
+
+    def __call__(self, problem, cnp.ndarray busy=None):
+        """Compute a Problem (see _problem/problem.py) into its `out` and `lse`.
+
+        busy: float64; the seconds that each thread was in tasks are added to it.
+        """
+        cdef Launch launch
+        cdef int budget = problem.num_threads
+        if is_empty(problem):
+            return
+        memset(&launch, 0, sizeof(Launch))
+        view_problem(&launch.prefill, problem)
+        if busy is None:
+            execute(&launch, self, budget, NULL)
+        else:
+            execute(&launch, self, min(budget, <int>cnp.PyArray_SIZE(busy)),
+                    <double *>cnp.PyArray_DATA(busy))
+
+    def describe(self, problem):
+        """Return what a call would do, for tests: the plans' choices and the scratch layout."""
+        cdef Launch launch
+        memset(&launch, 0, sizeof(Launch))
+        view_problem(&launch.prefill, problem)
+        plan_algorithms(&launch, self)
+        count_tasks(&launch)
+        plan_tasks(&launch, problem.num_threads)
+        return {"tasks of one": launch.totals.task, "partials": launch.totals.partial,
+                "work": launch.work, "max_decode_rows": launch.max_decode_rows,
+                "scratch_bytes": launch.scratch_bytes, "partial_bytes": launch.partial_bytes,
+                "prefill": describe_plan(&launch.prefill),
+                "decode": describe_plan(&launch.decode) if launch.max_decode_rows else None}
 
 
 cdef dict describe_plan(const Plan *plan):

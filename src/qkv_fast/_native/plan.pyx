@@ -2,8 +2,7 @@
 
 cimport numpy as cnp
 from libc.math cimport M_LOG2E
-from libc.stdint cimport uintptr_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t, uintptr_t
 
 from .kernels cimport (
     QKV_BFLOAT16, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, QKV_KEY_RUN, qkv_tile_kernels,
@@ -91,8 +90,10 @@ cdef bint is_in_place(const Plan *plan) noexcept:
 
 # --- A plan: what both algorithms need ----------------------------------------------------------
 
-cdef int set_sizes(Plan *plan, problem) except -1:
-    cdef cnp.ndarray query = problem.query, key = problem.key, value = problem.value
+cdef int view_tensors(Plan *plan, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value,
+                      cnp.ndarray out, int query_code, int key_code, int value_code,
+                      int out_code) except -1:
+    """View the tensors in an empty plan and set its sizes; kv_len is for tensors that are dense."""
     cdef Py_ssize_t ndim = cnp.PyArray_NDIM(query) - 3
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(query)
     plan.batch_ndim = ndim
@@ -101,20 +102,25 @@ cdef int set_sizes(Plan *plan, problem) except -1:
     plan.group = shape[ndim] // plan.num_kv_heads
     plan.q_len = shape[ndim + 1]
     plan.head_dim = shape[ndim + 2]
-    plan.kv_len = problem.kv_len
+    plan.kv_len = cnp.PyArray_DIMS(key)[ndim + 1]
     plan.v_dim = cnp.PyArray_DIMS(value)[ndim + 2]
     if max(plan.head_dim, plan.v_dim) > (<Py_ssize_t>1 << 40):
         raise MemoryError(f"no memory for tiles of head size {max(plan.head_dim, plan.v_dim)}")
+    view_tensor(&plan.query, query, query_code, ndim)
+    view_tensor(&plan.key, key, key_code, ndim)
+    view_tensor(&plan.value, value, value_code, ndim)
+    view_tensor(&plan.out, out, out_code, ndim)
     return 0
 
 
-cdef int set_views(Plan *plan, problem) except -1:
-    cdef cnp.ndarray key = problem.key, mask = problem.attn_mask
-    cdef Py_ssize_t ndim = plan.batch_ndim
-    view_tensor(&plan.query, problem.query, problem.query_code, ndim)
-    view_tensor(&plan.key, key, problem.key_code, ndim)
-    view_tensor(&plan.value, problem.value, problem.value_code, ndim)
-    view_tensor(&plan.out, problem.out, problem.out_code, ndim)
+cdef int view_problem(Plan *plan, problem) except -1:
+    """View all of a Problem in an empty plan."""
+    cdef cnp.ndarray key = problem.key, mask = problem.attn_mask, sinks = problem.sinks
+    cdef Py_ssize_t ndim
+    view_tensors(plan, problem.query, key, problem.value, problem.out, problem.query_code,
+                 problem.key_code, problem.value_code, problem.out_code)
+    ndim = plan.batch_ndim
+    plan.kv_len = problem.kv_len
     if mask is not None:
         view_tensor(&plan.mask, mask, problem.mask_code, ndim)
         plan.mask_len = cnp.PyArray_DIMS(mask)[ndim + 2]
@@ -131,20 +137,20 @@ cdef int set_views(Plan *plan, problem) except -1:
     if problem.block_table is not None:
         view_numbers(&plan.block_table, problem.block_table, 1)
         plan.page_size = cnp.PyArray_DIMS(key)[ndim + 1]
+    set_scoring(plan, problem.scale, problem.left, problem.right, problem.softcap,
+                NULL if sinks is None else <double *>cnp.PyArray_DATA(sinks))
     return 0
 
 
-cdef int set_scoring(Plan *plan, problem) except -1:
-    """Set what turns products into scores; a new modifier's numbers are set here."""
-    cdef cnp.ndarray sinks = problem.sinks
-    if sinks is not None:
-        plan.sinks = <const double *>cnp.PyArray_DATA(sinks)
-    plan.softcap = problem.softcap
+cdef void set_scoring(Plan *plan, double scale, int64_t left, int64_t right, double softcap,
+                      const double *sinks) noexcept:
+    """Set what turns products into scores, after all views; a modifier's numbers go here."""
+    plan.scale = scale
+    plan.left = left
+    plan.right = right
+    plan.softcap = softcap
+    plan.sinks = sinks
     plan.has_modifiers = plan.softcap != 0 or plan.slopes.data != NULL or is_additive(plan)
-    plan.scale = problem.scale
-    plan.left = problem.left
-    plan.right = problem.right
-    return 0
 
 
 cdef void set_kernels(Plan *plan, const qkv_tile_kernels *kernels) noexcept:
@@ -183,18 +189,12 @@ cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
     return fitting_keys(row_bytes, most)
 
 
-cdef int plan_prefill(Plan *plan, problem, const qkv_tile_kernels *kernels,
-                      Interrupt *interrupt) except -1:
-    """Fill the plan for query tiles with these kernels, all but its tasks and its scratch."""
-    memset(plan, 0, sizeof(Plan))
+cdef void plan_prefill(Plan *plan, const qkv_tile_kernels *kernels, Interrupt *interrupt) noexcept:
+    """Complete the plan for query tiles with these kernels, all but its tasks and its scratch."""
     plan.interrupt = interrupt
     plan.tiles_per_task = plan.heads_per_task = 1
-    set_sizes(plan, problem)
-    set_views(plan, problem)
-    set_scoring(plan, problem)
     set_kernels(plan, kernels)
     set_block_k(plan, choose_block_k(plan), MAX_ROWS_PER_TASK)
-    return 0
 
 
 cdef void choose_prefill_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads) noexcept:

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from .._dtypes import Array
 
 UNBOUNDED = 1 << 62  # of a window's side
 
-_Class = TypeVar("_Class")
 
-
-def _slotted(cls: type[_Class]) -> type[_Class]:
-    """Turn the annotations of a class into slots, and their values into those of new instances.
-
-    It is what ``dataclass(slots=True)`` does, but `dataclasses` takes longer to import than all of
-    this package, and its ``__init__`` passes every default as an argument.
-    """
-    namespace = {name: value for name, value in vars(cls).items() if name[:2] == "__"}
-    namespace["__slots__"] = tuple(cls.__annotations__)
-    defaults = {name: vars(cls)[name] for name in cls.__annotations__ if name in vars(cls)}
-    lines = [f"    self.{name} = {value!r}\n" for name, value in defaults.items()]
-    exec(f"def __init__(self):\n{''.join(lines)}", namespace)
-    for name in ("__dict__", "__weakref__", "__builtins__"):
-        namespace.pop(name, None)
-    return type(cls.__name__, cls.__bases__, namespace)
-
-
-@_slotted
 class Problem:
     """What an engine computes: arrays of one layout, and plain numbers.
 
-    A field without a default is set by the stages of every call. Any tensor of bfloat16 may be
-    uint16.
+    A field without a default is set by the stages of every call. A default stays in the class until
+    a stage sets the field, so a new Problem costs nothing. Any tensor of bfloat16 may be uint16.
     """
 
     # (*batch, Hq, Lq, D), (*batch, Hkv, Lk, D), (*batch, Hkv, Lk, Dv); any strides, 0 along an

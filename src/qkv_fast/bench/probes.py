@@ -49,5 +49,5 @@ def busy_seconds(
     output(p, None, False, threads)
     choice, busy = current(), np.zeros(threads)
     occupancies = decode_occupancy(choice, p.code)
-    native_module().run(p, choice.tiles, choice.isa, *occupancies, busy)
+    native_module().Runner(p.code, choice.tiles, choice.isa, *occupancies)(p, busy)
     return p.result, busy
