@@ -78,7 +78,7 @@ def print_row(label: str, cells: dict[str, str]) -> None:
 
 
 def threads(rounds: int) -> None:
-    """Print the time of a call over its number of threads."""
+    """A call over its number of threads."""
     for label, shape in (
         ("8x12x128x64", PREFILL),
         ("1 token, 8192 keys", decode(32, 8, 8192, 128)),
