@@ -1,13 +1,20 @@
-"""Inputs for the tests."""
+"""Inputs, comparisons and processes that several tests use."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+
+import qkv_fast
+from qkv_fast import _dispatch, _loader
 
 sdpa_shapes = {
     "one": (1, 1, 1, 1, 1, 1, 1),  # B, Hq, Hkv, Lq, Lk, D, Dv
@@ -62,3 +69,44 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         timeout=120,
         check=False,
     )
+
+
+@contextlib.contextmanager
+def connected(runners: Any, thread_count: Any = _dispatch.get_num_threads) -> Iterator[None]:
+    """Let the shortcut know these runners: with none of them it recognises no call."""
+    if not _loader.why_not_native():
+        one = np.ones((1, 1, 1), np.float32)
+        qkv_fast.scaled_dot_product_attention(one, one, one)  # the first call connects it
+        native = _loader.native_module()
+        native.connect(_dispatch.requested, runners, thread_count)
+    try:
+        yield
+    finally:
+        if not _loader.why_not_native():
+            native.connect(_dispatch.requested, _dispatch._runners, _dispatch.get_num_threads)
+
+
+def without_shortcut() -> contextlib.AbstractContextManager[None]:
+    return connected({})
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[bool]]:
+    """Note for each call whether the shortcut computed it."""
+    with connected(_dispatch._runners):
+        pass
+    taken: list[bool] = []
+    shortcuts = _dispatch.shortcuts
+
+    def counting(name: str) -> Any:
+        def count(*arguments: Any) -> Any:
+            answer = getattr(shortcuts, name)(*arguments)
+            taken.append(answer is not None)
+            return answer
+
+        return count
+
+    names = ("attend", "attend_pages", "attend_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dispatch, "shortcuts", SimpleNamespace(**{n: counting(n) for n in names}))
+        yield taken

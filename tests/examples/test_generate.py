@@ -21,7 +21,7 @@ TOKENS = [39, 0, 15, 54, 54, 44, 44, 11, 0, 0, 0, 0, 0, 0, 15, 0, 44, 11, 11, 46
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "generate.py"
+    path = Path(__file__).parents[2] / "examples" / "generate.py"
     spec = importlib.util.spec_from_file_location("generate", path)
     assert spec is not None
     assert spec.loader is not None

@@ -8,8 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same, make, normal, run_python
-from test_shortcut import counted, without_shortcut
+from helpers import assert_same, counted, make, normal, run_python, without_shortcut
 
 import qkv_fast
 from qkv_fast import KVCache, merge_attention, paged_attention, varlen_attention

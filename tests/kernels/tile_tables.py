@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-HEADER = Path(__file__).parents[1] / "csrc" / "kernels" / "kernels.h"
+HEADER = Path(__file__).parents[2] / "csrc" / "kernels" / "kernels.h"
 NUMBERS = {"int": ctypes.c_int, "double": ctypes.c_double, "ptrdiff_t": ctypes.c_ssize_t}
 
 

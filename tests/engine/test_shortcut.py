@@ -10,16 +10,14 @@ import gc
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same, make, normal
+from helpers import assert_same, connected, counted, make, normal, without_shortcut
 
 import qkv_fast
-from qkv_fast import _dispatch, _loader
+from qkv_fast import _dispatch
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16,
@@ -30,47 +28,6 @@ SHAPES = [
     (3, 4, 2, 5, 70, 8, 24),
     (2, 2, 2, 131, 67, 33, 33),
 ]
-
-
-@contextlib.contextmanager
-def connected(runners: Any, thread_count: Any = _dispatch.get_num_threads) -> Iterator[None]:
-    """Let the shortcut know these runners: with none of them it recognises no call."""
-    if not _loader.why_not_native():
-        one = np.ones((1, 1, 1), np.float32)
-        sdpa(one, one, one)  # the first call connects it
-        native = _loader.native_module()
-        native.connect(_dispatch.requested, runners, thread_count)
-    try:
-        yield
-    finally:
-        if not _loader.why_not_native():
-            native.connect(_dispatch.requested, _dispatch._runners, _dispatch.get_num_threads)
-
-
-def without_shortcut() -> contextlib.AbstractContextManager[None]:
-    return connected({})
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[bool]]:
-    """Note for each call whether the shortcut computed it."""
-    with connected(_dispatch._runners):
-        pass
-    taken: list[bool] = []
-    shortcuts = _dispatch.shortcuts
-
-    def counting(name: str) -> Any:
-        def count(*arguments: Any) -> Any:
-            answer = getattr(shortcuts, name)(*arguments)
-            taken.append(answer is not None)
-            return answer
-
-        return count
-
-    names = ("attend", "attend_pages", "attend_cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dispatch, "shortcuts", SimpleNamespace(**{n: counting(n) for n in names}))
-        yield taken
 
 
 def has_shortcut(engine: Any) -> bool:

@@ -14,6 +14,7 @@ from qkv_fast._problem.problem import Problem
 native = pytest.importorskip("qkv_fast._native", reason="no native engine")
 
 KIB = 1 << 10
+PATHS = [str(folder) for folder in Path(__file__).parents[:2]]  # of this file and of helpers.py
 CODES = {np.float32: 0, np.float64: 1, np.float16: 2, np.uint16: 3, np.bool_: 4, np.int8: 5}
 
 
@@ -81,7 +82,7 @@ def test_block_sizes_of_decode() -> None:
 
 
 BLOCKS = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = {PATHS!r}
 from test_plan import dense, describe, problem
 for size in (64, 256, 512, 1024, 2048, 1 << 14):
     print(describe(problem((1, 2, 3, size), dense(1, 2, 9, size)))["prefill"]["block_k"])
@@ -156,7 +157,7 @@ def test_heads_are_interleaved_where_their_keys_alternate() -> None:
 
 L2 = f"""
 import hashlib, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {PATHS!r}
 import numpy as np, qkv_fast
 from qkv_fast import _native
 from test_plan import describe, dense, problem

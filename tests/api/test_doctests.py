@@ -14,7 +14,7 @@ from helpers import run_python
 
 import qkv_fast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = [
     "bench.shapes",
     "_attention",

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "build_support.py").exists():
     pytest.skip("needs a checkout or an sdist", allow_module_level=True)
 
