@@ -1,4 +1,4 @@
-"""Inputs, comparisons and processes that several tests use."""
+"""What several test files use: inputs, comparisons, child processes, switches of the shortcut."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(
 
 
 def assert_same(first: Any, second: Any) -> None:
-    """Check that two answers agree in bits, element type, layout, flags and number."""
+    """Check that two results agree in bits, dtype, strides and flags, and are as many arrays."""
     assert type(first) is type(second)
     if isinstance(first, tuple):
         assert len(first) == len(second)
@@ -59,7 +59,7 @@ def assert_same(first: Any, second: Any) -> None:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, with nothing of ours in the environment but what is given."""
+    """Run code in a new interpreter, with no QKV_*, OMP_* or GOMP_* variables but those given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("QKV_", "OMP_", "GOMP_"))}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -73,10 +73,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @contextlib.contextmanager
 def connected(runners: Any, thread_count: Any = _dispatch.get_num_threads) -> Iterator[None]:
-    """Let the shortcut know these runners: with none of them it recognises no call."""
+    """Give the shortcut these runners; without runners it leaves all calls to the stages."""
     if not _loader.why_not_native():
         one = np.ones((1, 1, 1), np.float32)
-        qkv_fast.scaled_dot_product_attention(one, one, one)  # the first call connects it
+        qkv_fast.scaled_dot_product_attention(one, one, one)  # the first call connects the shortcut
         native = _loader.native_module()
         native.connect(_dispatch.requested, runners, thread_count)
     try:
@@ -87,12 +87,13 @@ def connected(runners: Any, thread_count: Any = _dispatch.get_num_threads) -> It
 
 
 def without_shortcut() -> contextlib.AbstractContextManager[None]:
+    """Send all calls through the stages."""
     return connected({})
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[bool]]:
-    """Note for each call whether the shortcut computed it."""
+    """Yield a list that gets an entry for each call: whether the shortcut computed it."""
     with connected(_dispatch._runners):
         pass
     taken: list[bool] = []

@@ -1,4 +1,4 @@
-"""The public functions' types, and their signatures as help shows them."""
+"""Types of the public functions for mypy, and their signatures for help()."""
 
 from __future__ import annotations
 

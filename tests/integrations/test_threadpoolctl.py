@@ -1,4 +1,4 @@
-"""threadpoolctl lists the library's threads and limits them."""
+"""threadpoolctl lists the library's thread pool and limits it."""
 
 from __future__ import annotations
 
