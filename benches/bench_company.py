@@ -1,21 +1,24 @@
-"""In company: more threads than CPUs, other processes, other libraries' threads, small calls.
+"""Time calls beside other load: excess threads, other processes, other libraries' threads.
 
 ``python benches/bench_company.py [SCENE ...]`` prints a table for each scene:
 
 threads
-    The time of a call over its number of threads, against that with one for each CPU.
+    Milliseconds of a call with 1 to 256 threads, and the ratio to one thread for each CPU.
 busy
-    The same beside a process that keeps one CPU busy. Of n CPUs, n threads then get n * n / (n + 1)
-    by a fair share.
+    The same while another process keeps one CPU busy. A fair scheduler then gives n threads on n
+    CPUs n * n / (n + 1) times the speed of one thread.
 processes
-    Calls a second of 1, 2 and 4 processes together, beside torch and ONNX Runtime.
+    Calls a second of 1, 2 and 4 processes together, and the ratio to one process; the same for
+    torch and ONNX Runtime.
 after
-    The time of a call right after other work of the same thread, against after itself. A "sweep"
-    reads 32 MB on the calling thread alone: what it costs is due to emptied caches.
+    Microseconds of a call right after other work of the same thread, and the ratio to a call after
+    another call. "sweep" reads 32 MB on the calling thread alone, so its ratio shows the cost of
+    emptied caches.
 small
-    Calls of microseconds, beside torch's on tensors.
+    Microseconds of calls with little work, and of torch's on the same tensors.
 
-All ratios are of medians of runs that take turns. What is not installed is left out.
+A figure is a median over rounds; each round runs all variants of a row one after another. Lower is
+better, except in "processes". Libraries that are not installed are left out.
 """
 
 from __future__ import annotations

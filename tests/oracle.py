@@ -1,7 +1,7 @@
-"""The formula, written plainly over whole matrices: what every answer is judged by.
+"""The formula over whole matrices, in NumPy, and the tolerance rule that judges results by it.
 
-Independent of the package on purpose, and in float64 unless told otherwise: `attention` with the
-dtype of the inputs is the "plain computation in the same precision" of the tolerance rule.
+It imports nothing from the package. `attention` computes in float64 by default. With `real` set to
+the precision of a call it is the "plain computation in the same precision" of the rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def attention(
     key_lengths: Any = None,
     real: Any = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (out, lse) of (..., H, L, D) arrays, in `real`; grouped heads by their numbers."""
+    """Return (out, lse) of (..., H, L, D) arrays in `real`; head counts give the groups."""
     q, k, v = (np.asarray(x).astype(real) for x in (query, key, value))
     flat = max(q.ndim, k.ndim, v.ndim) == 2
     q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
@@ -78,7 +78,7 @@ def attention(
         lse = np.where(some, m + np.log(total), -np.inf)[..., 0]
         if sinks is not None:
             total = total + np.exp(np.asarray(sinks, real)[:, None, None] - m)
-        # An excluded key adds nothing, even if its value is NaN: 0 * NaN must not arise.
+        # An excluded key adds nothing, even if its value is NaN: 0 * NaN must not be computed.
         v = np.broadcast_to(v, (*batch, *v.shape[-3:]))
         weights = p / total
         out = weights @ np.where(np.isfinite(v), v, 0)
@@ -91,11 +91,11 @@ def attention(
 
 
 def assert_close(actual: np.ndarray, query: Any, key: Any, value: Any, **options: Any) -> None:
-    """Judge an answer: at most twice the error of a plain computation in the same precision.
+    """Check that the error is at most twice that of a plain computation in the same precision.
 
-    A weight can't be more exact than its score, whose last place is as coarse as ALiBi makes the
-    score large. The plain computation is often luckier: slopes such as 0.5 round nothing there, but
-    do in the units of log2 that the native engine computes in.
+    ALiBi adds a tolerance: it makes scores large, and a weight is no more exact than the last place
+    of its score. The plain computation can round less there: slopes such as 0.5 are exact in it,
+    but not in the units of log2 that the native engine computes in.
     """
     dtype = np.asarray(query).dtype.newbyteorder("=")
     assert actual.dtype == dtype
@@ -113,7 +113,7 @@ def assert_close(actual: np.ndarray, query: Any, key: Any, value: Any, **options
 def assert_error_at_most_twice(
     actual: np.ndarray, plain: np.ndarray, exact: np.ndarray, largest_score: float = 0
 ) -> None:
-    """The rule itself, with a floor of a few units in the last place of the largest number."""
+    """Check the rule, with a floor of some units in the last place of the largest number."""
     assert actual.shape == exact.shape
     with np.errstate(all="ignore"):
         exact_here = exact.astype(actual.dtype).astype(np.float64)
@@ -123,7 +123,7 @@ def assert_error_at_most_twice(
     if odd.all():
         return
     eps = 2.0**-7 if actual.dtype.name == "bfloat16" else float(np.finfo(actual.dtype).eps)
-    # The oracle is no more exact than a float64 answer: there, only the floor judges.
+    # The oracle is no more exact than a float64 result, so only the floor judges that.
     units = 64 if actual.dtype == np.float64 else 4
     score_eps = float(np.finfo(np.float64 if actual.dtype == np.float64 else np.float32).eps)
     floor = (units * eps + largest_score * score_eps) * max(1e-30, float(np.abs(exact[~odd]).max()))

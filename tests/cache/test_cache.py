@@ -1,4 +1,4 @@
-"""KVCache against a plain model of it: a list of rows for each sequence."""
+"""KVCache against a model of it in NumPy, which holds an array of rows for each sequence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 class Model:
-    """What a cache means: for each sequence its keys and values, (Hkv, n, ·) in float64."""
+    """The keys and values of each sequence, (Hkv, n, D) and (Hkv, n, Dv) in float64."""
 
     def __init__(self, batch: int, dtype: str) -> None:
         self.dtype = dtype
@@ -56,7 +56,7 @@ class Model:
 
 
 def check_pages(cache: KVCache) -> None:
-    """No page is lost or held by nobody; who shares one agrees on its number of users."""
+    """Check that each page is either free or used, and that it counts its users right."""
     table = cache.block_table
     taken = np.unique(table[table >= 0])
     assert len(taken) + cache.free_pages == cache.num_pages
@@ -72,15 +72,16 @@ SOAKS = [("float32", None, None), ("float32", 1, None), ("float32", 16, None), (
 
 
 @pytest.mark.parametrize(("dtype", "page_size", "window"), SOAKS)
-def test_soak(dtype, page_size, window):
-    """1000 random steps each, 10,000 in all, on the engine that the environment chooses."""
+def test_random_steps_agree_with_the_model(dtype, page_size, window):
+    """Each case makes 1000 random steps, on the engine that the environment chooses."""
     rng = np.random.default_rng(7)
     batch, capacity = 4, 90
     pages = None if page_size is None else 3 * capacity // page_size
     cache = KVCache(batch, HKV, capacity, D, DV, dtype=dtype, page_size=page_size,
                     num_pages=pages, window=window)  # fmt: skip
     model = Model(batch, dtype)
-    kept = [0] * batch  # where a window's appends began: an earlier position can't be gone back to
+    # Where the last append to a sequence began: a window may have dropped keys before that.
+    kept = [0] * batch
     refused = 0
     for _ in range(1000):
         step = rng.choice(["append", "append", "attend", "attend", "truncate", "fork", "reorder",
@@ -182,8 +183,8 @@ def test_prefill_and_decode(engine, rng, dtype, page_size):
 
 @pytest.mark.parametrize("dtype", [*STORED, "int8"])
 @pytest.mark.parametrize("new", [1, 20])
-def test_some_sequences_get_the_bits_that_all_get(engine, rng, dtype, new):
-    """In one piece too, which is read as dense arrays are, and as pages if asked for some."""
+def test_attending_to_some_sequences_changes_no_bit(engine, rng, dtype, new):
+    """A cache without pages is read as dense arrays for all sequences, and as pages for some."""
     cache = KVCache(3, HKV, 40, D, DV, dtype=dtype)
     cache.append(normal(rng, (3, HKV, 33, D)), normal(rng, (3, HKV, 33, DV)), counts=[33, 5, 24])
     q = normal(rng, (3, HKV * GROUP, new, D))
@@ -191,7 +192,7 @@ def test_some_sequences_get_the_bits_that_all_get(engine, rng, dtype, new):
     np.testing.assert_array_equal(cache.attend(q[[2, 0]], sequences=[2, 0]), everything[[2, 0]])
 
 
-def test_attend_is_the_op_with_lengths_and_offsets(engine, rng):
+def test_attend_equals_the_function_with_lengths_and_offsets(engine, rng):
     cache = KVCache(3, HKV, 30, D)
     k, v = (normal(rng, (3, HKV, 20, D)) for _ in range(2))
     cache.append(k, v, counts=[20, 4, 11])
@@ -211,8 +212,8 @@ def test_attend_is_the_op_with_lengths_and_offsets(engine, rng):
     )  # fmt: skip
 
 
-def test_the_error_of_int8_is_as_stated(engine, rng):
-    """An element is off by at most 1/254 of its row's largest magnitude, a result hardly more."""
+def test_the_error_of_int8_is_bounded(engine, rng):
+    """The error of an element is at most 1/254 of the largest magnitude in its row."""
     k, v = normal(rng, (1, HKV, 200, 64)), normal(rng, (1, HKV, 200, 64))
     k[0, 0, 5] = 0
     k[0, 1, 6] *= 1e30
@@ -240,7 +241,7 @@ def test_from_arrays_shares_their_memory(engine, rng):
     cache.append(*new)
     np.testing.assert_array_equal(k[0, :, 10:12], new[0][0])
     np.testing.assert_array_equal(v[1, :, 30:32], new[1][1])
-    k[:, :, 40], v[:, :, 40] = 5, 6  # a token that its owner wrote
+    k[:, :, 40], v[:, :, 40] = 5, 6  # a token that the owner of the arrays wrote
     cache.truncate(0)
     cache.extend([41, 1])
     assert cache.lengths.tolist() == [41, 1]
@@ -251,7 +252,7 @@ def test_from_arrays_shares_their_memory(engine, rng):
 
 
 @pytest.mark.parametrize("page_size", [None, 4])
-def test_views_are_where_the_tokens_are(rng, page_size):
+def test_views_are_of_the_stored_tokens(rng, page_size):
     cache = KVCache(2, HKV, 20, D, page_size=page_size)
     k, v = (normal(rng, (2, HKV, 9, D)) for _ in range(2))
     cache.append(k, v)
@@ -269,7 +270,7 @@ def test_views_are_where_the_tokens_are(rng, page_size):
     np.testing.assert_allclose(cache.attend(q, sequences=0), want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_fork_shares_pages_until_someone_appends(rng):
+def test_a_fork_shares_pages_until_an_append(rng):
     cache = KVCache(3, HKV, 40, D, page_size=8)
     k, v = (normal(rng, (1, HKV, 20, D)) for _ in range(2))
     cache.append(k, v, sequences=0)
@@ -277,15 +278,17 @@ def test_a_fork_shares_pages_until_someone_appends(rng):
     cache.fork(0, 1)
     cache.fork(0, 2, 16)
     assert cache.num_pages - cache.free_pages == 3
-    cache.append(k[:, :, :1], v[:, :, :1], sequences=1)  # copies the begun page
+    # Copies the page that both sequences have begun.
+    cache.append(k[:, :, :1], v[:, :, :1], sequences=1)
     assert cache.num_pages - cache.free_pages == 4
-    cache.append(k[:, :, :1], v[:, :, :1], sequences=2)  # ends on a page's edge: nothing to copy
+    # Ends at the end of a page: nothing to copy.
+    cache.append(k[:, :, :1], v[:, :, :1], sequences=2)
     assert cache.num_pages - cache.free_pages == 5
     np.testing.assert_array_equal(cache.views(0, 16)[0][0], k[0, :, 16:20])
     check_pages(cache)
 
 
-def test_a_window_keeps_only_what_it_needs(engine, rng):
+def test_a_window_returns_pages_that_no_query_can_see(engine, rng):
     window, n = 40, 1000
     cache = KVCache(1, HKV, n, D, page_size=8, window=window, num_pages=8)
     k, v = (normal(rng, (1, HKV, n, D)) for _ in range(2))
@@ -308,11 +311,11 @@ def test_a_window_keeps_only_what_it_needs(engine, rng):
     assert cache.free_pages == cache.num_pages
 
 
-def test_the_default_pool_of_a_window(rng):
+def test_the_default_pool_of_a_window_is_small(rng):
     cache = KVCache(2, HKV, 100_000, D, window=100)
     assert cache.page_size == 64
     k = np.zeros((2, HKV, 512, D), np.float32)
-    for _ in range(20):  # 512 at a time, wherever the window begins
+    for _ in range(20):  # the window begins at another place in its page each time
         cache.append(k, k)
         cache.append(k[:, :, :3], k[:, :, :3])
     assert cache.key_pages.nbytes < 2 * HKV * 1000 * D * 4
@@ -406,7 +409,7 @@ def test_refusals_change_nothing(options, error, message, wrong):
     assert (cache.views(0)[0][0] == 1).all()
 
 
-def test_a_pool_that_runs_dry():
+def test_an_exhausted_pool_raises_and_changes_nothing():
     cache = KVCache(2, 1, 8, 3, page_size=2, num_pages=3)
     cache.append(ONE.repeat(2, 2), ONE.repeat(2, 2))
     with pytest.raises(MemoryError, match="2 pages are needed, but 1 of 3 are free"):
@@ -492,7 +495,7 @@ ARRAYS = {"key": "keys", "value": "values", "key_scales": "key_scales",
 def test_read_only_storage_is_refused_before_any_of_it_is_written(name, page_size):
     cache = full(dtype="int8", page_size=page_size)
     if page_size is not None:
-        cache.fork(0, 1)  # shares a begun page
+        cache.fork(0, 1)  # both sequences share a page that is not full
     else:
         cache.truncate([3, 2])
     lengths, table, free = cache.lengths, cache.block_table, cache.free_pages
@@ -512,7 +515,7 @@ def test_read_only_storage_is_refused_before_any_of_it_is_written(name, page_siz
         for x, before in storage.items():
             np.testing.assert_array_equal(getattr(cache._pool, x), before)
     assert cache.attend(ONE).shape == ONE.shape
-    cache.reorder([0, 1])  # which moves nothing
+    cache.reorder([0, 1])  # moves nothing, so it may be read-only
     cache.reset()
 
 
@@ -538,7 +541,7 @@ def test_copies_are_independent_and_aligned(rng, duplicate, options):
     cache = KVCache(2, HKV, 30, D, DV, **options)
     k, v = normal(rng, (2, HKV, 15, D)), normal(rng, (2, HKV, 15, DV))
     q = normal(rng, (2, HKV, 1, D))
-    for _ in range(5):  # copies whose memory happens to be aligned prove nothing
+    for _ in range(5):  # a single copy may be aligned by chance
         cache.reset()
         cache.append(k[:, :, :9], v[:, :, :9])
         if "page_size" in options:
@@ -564,7 +567,7 @@ def test_copies_are_independent_and_aligned(rng, duplicate, options):
             check_pages(other)
 
 
-def test_a_copy_of_borrowed_storage_owns_its_own():
+def test_a_copy_of_borrowed_storage_owns_its_memory():
     k = np.zeros((2, 7, 1, 3), np.float32).swapaxes(1, 2)  # (batch, capacity, Hkv, D) in memory
     k.flags.writeable = False
     other = copy.copy(KVCache.from_arrays(k, k))
@@ -590,14 +593,14 @@ def test_the_repr_shows_sizes_lengths_and_pages():
     assert "lengths=[]" in repr(KVCache(0, 1, 1, 1))
 
 
-def test_int8_refuses_what_it_can_not_hold():
+def test_int8_refuses_nan_and_infinity():
     cache = KVCache(2, 1, 4, 3, dtype="int8")
     with pytest.raises(ValueError, match="value holds NaN or infinity"):
         cache.append(ONE, np.where(ONE == 1, np.inf, ONE))
     assert cache.lengths.tolist() == [0, 0]
 
 
-def test_arrays_that_can_not_be_a_cache():
+def test_refusals_of_from_arrays():
     k = np.ones((2, 1, 4, 3), np.float32)
     with pytest.raises(ValueError, match="they must be"):
         KVCache.from_arrays(k, k[:1])
@@ -617,8 +620,8 @@ def test_arrays_that_can_not_be_a_cache():
         cache.append(ONE, ONE)
 
 
-def test_the_example_of_speculation(engine, rng):
-    """Draft three tokens, reject two: what follows is as if they had never been."""
+def test_speculative_decoding(engine, rng):
+    """Rejecting two of three drafted tokens leaves the cache as if they had not been appended."""
     k, v = (normal(rng, (1, HKV, 12, D)) for _ in range(2))
     q = normal(rng, (1, HKV, 1, D))
     straight, tried = KVCache(1, HKV, 20, D), KVCache(1, HKV, 20, D, page_size=4)

@@ -1,4 +1,4 @@
-"""Each kernel of each table against NumPy in float64, on scratch with guard rows behind it."""
+"""Each kernel of each table agrees with NumPy in float64 and leaves guard rows as they are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def widths(table: Table) -> range:
 
 
 def scratch(table: Table, x: np.ndarray) -> np.ndarray:
-    """Return a copy of x of the table's reals with a guard row behind it."""
+    """Return a copy of x in the table's real type, followed by a guard row."""
     out = np.full((x.shape[0] + 1, *x.shape[1:]), GUARD, real(table))
     out[:-1] = x
     return out
@@ -62,7 +62,7 @@ def spans(bits: np.ndarray, lanes: int) -> np.ndarray:
         ("int a; int z; void (*scale)(void *S, double c);", "'scale' where the header has 'z'"),
     ],
 )
-def test_a_stale_table_is_named(header, message):
+def test_a_stale_table_is_refused_with_the_field(header, message):
     library = declarations("int a; void (*scale)(void *S, double c); int z;")
     compare(library, dict(library))
     with pytest.raises(StaleTable, match=message):
@@ -93,7 +93,7 @@ def test_pack_and_store_are_transposes(table, rng):
                 assert (out == GUARD).all()
 
 
-def test_both_products(table, rng):
+def test_scores_and_accumulate(table, rng):
     for nvec in widths(table):
         ld = nvec * table.lanes
         for rows in SIZES:
@@ -149,7 +149,7 @@ def test_softmax_is_online(table, rng):
                 np.testing.assert_allclose(
                     rescale, shrunk, rtol=20 * np.finfo(real(table)).eps, atol=1e-37
                 )
-                assert (np.signbit(s[:-1]) == ~bits).all()  # -0.0 marks what is excluded
+                assert (np.signbit(s[:-1]) == ~bits).all()  # -0.0 marks excluded keys
                 with np.errstate(all="ignore"):
                     p = np.exp2(np.where(bits, block.astype(real(table)) - exact, -np.inf))
                     close(table, s, np.where(p < np.finfo(real(table)).tiny, 0, p))
@@ -158,7 +158,7 @@ def test_softmax_is_online(table, rng):
 
 
 def test_fold_keeps_rounding_errors(table, rng):
-    """The sums are as exact as a single rounding, with and without rescaled rows."""
+    """With or without rescaled rows, the sums have the error of a single rounding."""
     eps = float(np.finfo(real(table)).eps)
     for nvec in widths(table):
         ld = nvec * table.lanes
@@ -176,7 +176,7 @@ def test_fold_keeps_rounding_errors(table, rng):
                            address(rescale), step == 39)  # fmt: skip
                 if step < 39:
                     np.testing.assert_array_equal(acc, given)
-            fused = table.isa != b"scalar"  # which rounds a rescaled sum once more
+            fused = table.isa != b"scalar"  # scalar kernels round a rescaled sum once more
             tolerance = (1 if fused else 10) * eps
             np.testing.assert_allclose(acc[:-1].astype(np.longdouble), exact, rtol=tolerance)
             assert (np.stack([acc[-1], total[-1], error[-1]]) == GUARD).all()
@@ -274,7 +274,7 @@ def test_mask_bool(table, rng):
 
 
 def test_a_span_limits_the_products(table, rng):
-    """Inside the spans the result is the same to the bit; outside, scores are not written."""
+    """Inside spans the bits are the same; scores outside are not written."""
     nvec, nk, d = len(widths(table)), 32, 20
     ld = nvec * table.lanes
     k = rng.standard_normal((nk, d)).astype(real(table))
@@ -317,7 +317,7 @@ def test_prefetching_changes_nothing(table, rng):
 
 @pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
 def test_widen_and_narrow(kind, rng):
-    """Every 16-bit pattern there and back, and rounding to nearest even, at every length."""
+    """Widening is exact for every 16-bit pattern; narrowing rounds to nearest even."""
     dtype = np.dtype(np.float16) if kind == FLOAT16 else BF16
     every = np.arange(2**16, dtype=np.uint16).view(dtype)
     floats = np.concatenate(
@@ -361,7 +361,7 @@ def up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def test_there_is_a_test_for_every_paired_table():
+def test_paired_tables_compute_in_float32_from_bfloat16():
     if not PAIRED:
         pytest.skip("this CPU has no bfloat16 instructions")
     assert all(t.input_type == BFLOAT16 and t.real_bytes == 4 for t in PAIRED)
@@ -404,7 +404,7 @@ def test_paired_products(paired, rng):
 
 
 def test_paired_values(paired, rng):
-    """pack_values pads with zeros, whatever lies behind; accumulate sums what it packed."""
+    """pack_values pads with zeros, also where NaN follows; accumulate sums what it packed."""
     for nvec in widths(paired):
         ld = nvec * paired.lanes
         for d in DIMS:
@@ -510,20 +510,20 @@ def stored_types(table: Table) -> list[int]:
 
 
 def rows_of(rng: np.random.Generator, n: int, d: int, code: int) -> np.ndarray:
-    """Return (n, d) of a type, rows apart in memory and followed by NaN."""
+    """Return (n, d) integers in an element type; each row is followed by NaN (99 in int8)."""
     whole = np.full((n, d + 3), 99 if code == INT8 else np.nan, STORED[code])
     whole[:, :d] = np.round(rng.standard_normal((n, d)) * 10)
     return whole[:, :d]
 
 
 def runs(x: np.ndarray) -> np.ndarray:
-    """Return the address of each run of 16 rows, and four times that of the last one."""
+    """Return the address of each run of 16 rows, then the last one four times more."""
     begins = x.ctypes.data + np.arange(-(-len(x) // 16)) * 16 * x.strides[0]
     return np.append(begins, np.repeat(begins[-1:], 4)).astype(np.uintp)
 
 
 def padded(table: Table, x: np.ndarray) -> np.ndarray:
-    """Return rows of the table's reals with zeros up to whole vectors."""
+    """Return rows in the table's real type, padded with zeros to whole vectors."""
     wide = np.zeros((len(x), -(-x.shape[1] // table.lanes) * table.lanes), real(table))
     wide[:, : x.shape[1]] = x
     return wide
@@ -550,7 +550,7 @@ def test_decode_scores(table, rng, d):
                 np.testing.assert_allclose(got[:nk, :rows], exact, rtol=eps, atol=eps * 10)
 
 
-def test_a_decode_score_does_not_depend_on_its_place(table, rng):
+def test_a_decode_score_has_the_same_bits_at_any_place(table, rng):
     q, key = rng.standard_normal((7, 70)), rng.standard_normal((33, 70)).astype(real(table))
     wide, code = padded(table, q), FLOAT32 if table.real_bytes == 4 else FLOAT64
     ld = -(-7 // table.lanes) * table.lanes
@@ -610,7 +610,7 @@ def test_decode_accumulate_without_rescale_adds(table):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_decode_softmax(table, rng, scaled):
-    """Two blocks, one after the other: the second's sums go on from the first's."""
+    """The second of two blocks continues the sums of the first."""
     ld = 1
     while ld <= table.lanes:
         for nk in (1, 3, 16, 37, 64):

@@ -1,4 +1,4 @@
-"""Every refusal: its message, the same from each engine, before any work."""
+"""Refused arguments: all engines raise the same message, before any work."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_refusals(engine, error, message, arguments):
 
 
 class Broken:
-    """An array of another library whose export fails in its own way."""
+    """An array of another library, whose export raises `error`."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -145,24 +145,24 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [AttributeError("no"), OSError("no"), KeyError("no")])
-def test_an_export_that_fails_is_told_of_by_name(error):
+def test_a_failing_export_is_reported_with_the_argument(error):
     for name in ("query", "key", "value", "attn_mask"):
         with pytest.raises(TypeError, match=f"{name} is a Broken that NumPy can't view") as caught:
             sdpa(**({"query": Q, "key": KV, "value": KV} | {name: Broken(error)}))
         assert caught.value.__cause__ is error
 
 
-def test_a_window_may_be_as_wide_as_one_likes(engine):
+def test_a_window_has_no_largest_width(engine):
     np.testing.assert_array_equal(sdpa(Q, KV, KV, window=(2**70, 2**70)), sdpa(Q, KV, KV))
 
 
-def test_unknown_words_are_refused():
+def test_unknown_backends_tiles_and_isas_are_refused():
     for arguments in ({"backend": "cuda"}, {"tiles": "neon"}, {"isa": "sse9"}):
         with pytest.raises(ValueError, match="must be one of"), qkv_fast.backend(**arguments):
             pass
 
 
-def test_absurd_sizes_raise_memory_error(native):
+def test_sizes_beyond_memory_raise_memory_error(native):
     huge = np.broadcast_to(np.float32(1), (1, 1, 1, 1 << 41))
     with pytest.raises(MemoryError), qkv_fast.backend("native"):
         sdpa(huge, huge, np.ones((1, 1, 1, 1), np.float32))

@@ -1,4 +1,4 @@
-"""The text generation example: with a cache, without one, and against stored values of GPT-2."""
+"""examples/generate.py with and without a cache, against stored values of GPT-2."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SIZES = (2, 48, 61, 40)  # layers, hidden, vocab, context
 HEADS = 3
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
 
-# Of transformers 5.23's GPT2LMHeadModel in float64 with the weights below: the first logits after
-# the prompt, and 20 greedy tokens.
+# From GPT2LMHeadModel of transformers 5.23, in float64 with the weights below: the first logits
+# after the prompt, and 20 greedy tokens.
 LOGITS = [2.2730, 0.2373, 0.7829, -0.2456, -0.3306, 0.4076, -0.7969, 0.8929]
 TOKENS = [39, 0, 15, 54, 54, 44, 44, 11, 0, 0, 0, 0, 0, 0, 15, 0, 44, 11, 11, 46]
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "generate.py"
+    path = Path(__file__).parents[2] / "examples" / "generate.py"
     spec = importlib.util.spec_from_file_location("generate", path)
     assert spec is not None
     assert spec.loader is not None
@@ -32,7 +32,7 @@ def example() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def weights(example):
-    """Weights of which none is 0 or 1, so that each of them counts."""
+    """Return weights of which none is 0 or 1: a model that ignores one gives other logits."""
     rng = np.random.default_rng(0)
     drawn = {}
     for name, shape in sorted(example.weight_shapes(*SIZES).items()):
@@ -51,7 +51,7 @@ def model(example, weights):
 
 
 def largest_difference(model, dtype: str) -> float:
-    """Feed given tokens, a prompt and then one by one; compare the logits of every step."""
+    """Return the largest difference in logits between a cache, fed token by token, and none."""
     tokens = np.random.default_rng(1).integers(0, model.vocab, model.context).tolist()
     caches = model.new_caches(model.context, dtype)
     seen, largest = 0, 0.0
@@ -74,14 +74,15 @@ def test_random_weights_give_the_same_tokens_with_and_without_a_cache(example):
     model = example.Model(example.random_weights(2, 64, 101, 40, seed=1), heads=4)
     tokens = example.generate(model, PROMPT, 20)
     assert tokens == example.generate(model, PROMPT, 20, use_cache=False)
-    assert len(set(tokens)) > 5  # a model that only repeats itself would prove little
+    assert len(set(tokens)) > 5  # a model that repeats itself would hide errors
 
 
 def test_logits_are_the_same_at_every_step(engine, model):
     assert largest_difference(model, "float32") < 1e-4
 
 
-# The logits' standard deviation is 1.2; ten other token sequences were off by 9e-4, 9e-3 and 2.5e-2
+# The logits' standard deviation is 1.2. Over ten other token sequences the largest differences are
+# 9e-4, 9e-3 and 2.5e-2.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float16", 3e-3), ("bfloat16", 3e-2), ("int8", 8e-2)]
 )
@@ -100,7 +101,7 @@ def test_a_prompt_in_parts_changes_nothing(model):
 def test_weights_from_a_file(example, weights, tmp_path, capsys, prefix):
     numpy_files = pytest.importorskip("safetensors.numpy")
     stored = {prefix + name: array for name, array in weights.items()}
-    # Files of GPT-2 hold its causal masks too, and perhaps the tied logits' matrix.
+    # Files of GPT-2 hold its causal masks too, and some the output matrix, equal to the embedding.
     stored[f"{prefix}h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
     stored["lm_head.weight"] = weights["wte.weight"]
     path = tmp_path / "model.safetensors"
@@ -123,7 +124,7 @@ def test_half_precision_weights_become_float32(example, weights, tmp_path):
     assert {array.dtype for array in loaded.values()} == {np.dtype(np.float32)}
 
 
-def test_heads_are_of_64_unless_told(example):
+def test_the_default_head_size_is_64(example):
     weights = example.random_weights(1, 128, 11, 8)
     assert example.Model(weights).heads == 2
     with pytest.raises(ValueError, match="5 heads can't share a hidden size of 128"):
@@ -131,7 +132,7 @@ def test_heads_are_of_64_unless_told(example):
 
 
 @pytest.mark.parametrize("mode", [[], ["--no-cache"], ["--dtype", "int8"]])
-def test_what_a_user_sees(example, capsys, mode):
+def test_the_printed_output(example, capsys, mode):
     example.main(["--tokens", "5", *mode])
     shown = capsys.readouterr().out.splitlines()
     assert len(shown[0].split()) == 5
@@ -168,7 +169,7 @@ def test_a_prompt_of_text(example, tmp_path, capsys):
     assert prefill.startswith("prefill     2 tokens")  # no padding
 
 
-def test_a_prompt_that_the_model_cannot_take(example, model):
+def test_refused_prompts(example, model):
     message = "prompt has 41 tokens and 1 are to follow, but the model's context holds 40"
     with pytest.raises(ValueError, match=message):
         example.generate(model, [1] * 41, 1)
@@ -197,9 +198,9 @@ def test_wrong_weights_are_refused(example, weights):
     some = {name: array for name, array in weights.items() if name != "h.1.ln_2.bias"}
     with pytest.raises(ValueError, match=r"h\.1\.ln_2\.bias is missing"):
         example.Model(some, HEADS)
-    turned = weights | {"h.0.mlp.c_fc.weight": weights["h.0.mlp.c_fc.weight"].T}
+    transposed = weights | {"h.0.mlp.c_fc.weight": weights["h.0.mlp.c_fc.weight"].T}
     with pytest.raises(ValueError, match=r"c_fc\.weight is \(192, 48\).* must be \(48, 192\)"):
-        example.Model(turned, HEADS)
+        example.Model(transposed, HEADS)
 
 
 @pytest.mark.parametrize("option", ["--weights", "--tokenizer"])

@@ -1,4 +1,4 @@
-"""Empty axes, rows without keys, infinities and NaN, lengths beyond 2**31, guard bytes."""
+"""Extreme inputs: empty axes, rows without keys, infinities and NaN, lengths beyond 2**31."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ print(out.shape, lse.shape)
 
 
 @pytest.mark.parametrize("name", ["native", "python"])
-def test_an_empty_result_of_many_batch_entries_comes_at_once(name):
-    """To walk over all of them would take longer than `run_python` waits."""
+def test_an_empty_result_needs_no_loop_over_the_batch(name):
+    """A loop over the 2**36 entries would take longer than `run_python` waits."""
     if name == "native" and _loader.why_not_native():
         pytest.skip("no native engine")
     done = run_python(EMPTY, QKV_FAST_BACKEND=name)
@@ -52,7 +52,7 @@ def test_an_empty_result_of_many_batch_entries_comes_at_once(name):
 @pytest.mark.parametrize("how", ["bool", "-inf", "key_lengths", "causal", "window"])
 def test_rows_without_keys_are_zero(engine, rng, how):
     q, k, v = make(rng, (1, 2, 2, 70, 130, 16, 16))
-    v[..., 0] = np.inf  # not even 0 * inf may show
+    v[..., 0] = np.inf  # 0 * inf would show as NaN
     blind = np.zeros((70, 130), bool)
     blind[::3] = True
     options = {
@@ -120,7 +120,7 @@ def test_visible_keys_that_all_score_minus_infinity(engine):
     out, lse = sdpa(q, k, v, return_lse=True)  # 0 / 0, and log 0
     assert np.isnan(out).all()
     assert (lse == -np.inf).all()
-    k[65] = 1.0  # the first block has nothing, a later one has
+    k[65] = 1.0  # the first block has only keys of score -inf, the second has another
     np.testing.assert_array_equal(sdpa(q, k, v), np.ones((2, 3)))
 
 
@@ -141,7 +141,7 @@ LONG = 2**31 + 11
 
 
 def test_lengths_beyond_32_bits(engine, rng):
-    """Few of the keys are in reach; their memory is one row, shown 2**31 + 11 times."""
+    """Keys and values are one row of memory, broadcast to 2**31 + 11; queries see few of them."""
     q, k, v = make(rng, (1, 1, 1, 3, 1, 4, 4))
     k, v = (np.broadcast_to(x, (1, 1, LONG, 4)) for x in (k, v))
     expected = np.broadcast_to(v[:, :, :1], (1, 1, 3, 4))
@@ -179,7 +179,7 @@ def test_two_and_three_axes(engine, rng):
 
 
 def test_many_heads_over_long_keys(rng):
-    """The Python engine takes fewer heads at a time then; 16-bit keys are converted in parts."""
+    """The Python engine then computes some heads at a time and converts 16-bit keys in parts."""
     q, k, v = make(rng, (1, 4, 2, 70, 9000, 8, 8), np.float16)
     v[0, 0, 5000] = np.inf
     with qkv_fast.backend("python"):

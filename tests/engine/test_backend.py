@@ -1,4 +1,4 @@
-"""The choice of engine, threads and what the environment says; imports; show_config."""
+"""The choice of an engine and of threads, by code and environment; imports; show_config."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_the_environment_chooses(native):
         ("QKV_FAST_TILES", "blas"): [f"native blas {best}"] * 3,
         ("QKV_FAST_TILES", "simd"): [f"native simd {isa}" for isa in (best, best, best16)],
         ("QKV_FAST_ISA", "scalar"): ["native simd scalar"] * 3,
-        # Never BLAS, whose kernels break what test_determinism.py promises on many CPUs.
+        # Never BLAS: its kernels do not keep what test_determinism.py checks on many CPUs.
         ("QKV_FAST_ISA", "auto"): [f"native simd {isa}" for isa in (best, best, best16)],
     }.items():
         done = run_python(WHICH, **dict([environment]))
         assert done.stdout.rstrip("\n") == " ".join(expected), (environment, done.stderr)
 
 
-def test_the_best_isa_runs_and_is_the_weakest_with_its_kernels(native):
+def test_the_best_isa_is_one_of_those_that_run(native):
     engine = _loader.native_module()
     order = engine.isas()
     assert order[0] == "scalar"
@@ -54,13 +54,13 @@ def test_the_best_isa_runs_and_is_the_weakest_with_its_kernels(native):
 
 
 @pytest.mark.parametrize("name", ["QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA"])
-def test_wrong_words_in_the_environment_raise(name):
+def test_wrong_environment_variables_raise(name):
     done = run_python(WHICH, **{name: "best"})
     assert done.returncode != 0
     assert f"{name} is 'best': it must be one of auto" in done.stderr
 
 
-def test_asking_for_an_isa_that_is_not_there_raises(native, monkeypatch):
+def test_an_isa_that_the_cpu_lacks_raises(native, monkeypatch):
     class Weak:
         @staticmethod
         def isas() -> tuple[str, ...]:
@@ -162,7 +162,7 @@ def test_the_number_of_threads():
     with qkv_fast.threads(5):
         assert qkv_fast.get_num_threads() == 5
         assert _threads.source() == "qkv_fast.threads"
-        # Contexts of other threads are their own.
+        # Another thread's context does not have this number.
         assert contextvars.Context().run(qkv_fast.get_num_threads) == 3
     qkv_fast.set_num_threads(None)
     assert qkv_fast.get_num_threads() == outside
@@ -241,7 +241,7 @@ with qkv_fast.backend("native", tiles="blas"):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("megabytes", [6, 20, 50, 1 << 20])
 def test_blas_without_memory_for_its_buffers_raises(native, megabytes):
-    """OpenBLAS would wait for ever for a buffer, and complain of too many threads."""
+    """Without the engine's check OpenBLAS prints a warning and waits for a buffer for ever."""
     done = run_python(BLAS_THREADS.format(megabytes=megabytes, threads=256))
     assert done.stdout.strip() in ("done", "MemoryError"), done.stderr
     assert done.stderr == ""
@@ -266,7 +266,7 @@ def test_every_call_notifies_the_threads_before_it_is_checked(native, monkeypatc
     x = np.ones((1, 2, 3, 8), np.float32)
     cache = qkv_fast.KVCache.from_arrays(x, x, 3)
     calls = (
-        lambda q: sdpa(q, x, x, query_offset=[0]),  # none of these is plain
+        lambda q: sdpa(q, x, x, query_offset=[0]),  # none of these takes the shortcut
         lambda q: qkv_fast.varlen_attention(q[0], x[0], x[0], [0, 2]),
         lambda q: qkv_fast.paged_attention(q, x, x, [[0]], 3),
         lambda q: cache.attend(q, sequences=[0]),
@@ -280,7 +280,7 @@ def test_every_call_notifies_the_threads_before_it_is_checked(native, monkeypatc
             call(x.astype(complex))
         assert heard == ["call"] * 2
     monkeypatch.undo()
-    _loader.notify_call_start()  # with no work to follow: the next call finds the threads as ever
+    _loader.notify_call_start()  # without work after it: the next call must still run
     sdpa(x, x, x)
 
 

@@ -1,6 +1,6 @@
-"""A small share of the fuzz, always the same cases; tests/fuzz.py runs any number of others.
+"""The same few cases of tests/fuzz.py in every run.
 
-`python tests/fuzz.py --seed SEED --case N` repeats one of these alone.
+`python tests/fuzz.py --seed SEED --case N` repeats one of them alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 SEED = 20261120
-CASES = 120  # of each engine, and of each its own
+CASES = 120  # for each engine, tile kind and ISA, which all have other cases
 CHUNK = 20
 
 
 @pytest.mark.parametrize("begin", range(0, CASES, CHUNK))
 def test_cases_agree_with_the_oracle(engine, begin):
-    """Calls, cache walks and refusals: results, the bytes around them, and threads."""
+    """Calls, walks of a cache and refusals: results, bytes beside them, numbers of threads."""
     first = zlib.crc32(fuzz.label(engine).encode()) % 1_000_000 + begin
     found = []
     for number in range(first, first + CHUNK):
@@ -36,8 +36,8 @@ def test_a_case_is_always_the_same(number):
         np.testing.assert_array_equal(a.bytes, b.bytes)
 
 
-def test_the_judge_sees_a_key_too_many_and_a_key_too_few():
-    """The tolerance is narrow enough: of moderate scores, each of 4096 keys counts."""
+def test_judge_refuses_a_result_that_lacks_one_key():
+    """With moderate scores the tolerance is narrower than the effect of one key among 4096."""
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((1, n, 16)).astype(np.float32) for n in (3, 4096, 4096))
     exact = fuzz.Truth(*(x.astype(float) for x in (q, k, v)), {})

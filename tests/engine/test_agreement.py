@@ -1,4 +1,4 @@
-"""Agreement with the oracle: shapes, tails, dtypes, modifiers, positions, masks."""
+"""Agreement with the oracle over sizes, dtypes, score modifiers, positions and masks."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_alibi(engine, rng, slopes):
 def test_sinks(engine, rng, sinks):
     q, k, v = make(rng, (1, 2, 2, 5, 90, 16, 16))
     check(q, k, v, sinks=sinks)
-    np.testing.assert_array_equal(  # the lse leaves the sink out, so that parts can be merged
+    np.testing.assert_array_equal(  # the lse leaves sinks out, so that parts can be merged
         sdpa(q, k, v, sinks=sinks, return_lse=True)[1], sdpa(q, k, v, return_lse=True)[1]
     )
 
@@ -197,7 +197,8 @@ def test_large_scores_do_not_overflow(engine, rng):
     q, k, v = make(rng, "long")
     q, k = q * 100, k * 100
     exact, plain = (oracle.attention(q, k, v, real=real)[0] for real in (np.float64, np.float32))
-    largest = float(np.abs(q @ k.swapaxes(-1, -2)).max()) / 8  # a weight is no more exact than it
+    # A weight is no more exact than its score.
+    largest = float(np.abs(q @ k.swapaxes(-1, -2)).max()) / 8
     oracle.assert_error_at_most_twice(sdpa(q, k, v), plain, exact, largest)
 
 
@@ -209,7 +210,7 @@ def test_the_error_is_that_of_rounding(engine, rng):
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_the_error_does_not_grow_with_the_number_of_keys(engine, rows):
-    """Equal keys: a plain float32 sum rounds each block of them in the same direction."""
+    """With equal keys a plain float32 sum rounds every block in the same direction."""
     errors = {}
     for length in (1 << 12, 1 << 17):
         q, k = (np.broadcast_to(np.float32(1), (1, n, 8)) for n in (rows, length))
@@ -222,7 +223,7 @@ def test_the_error_does_not_grow_with_the_number_of_keys(engine, rows):
 @pytest.mark.parametrize("how", ["rising", "falling", "infinite", "one row is late"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_rows_whose_maximum_moves(engine, rng, how, dtype):
-    """What was summed before is scaled down, or holds what is not finite, or nothing."""
+    """The sums of earlier blocks are scaled down, not finite or empty."""
     q, k, v = make(rng, (1, 1, 1, 40, 6500, 16, 16), dtype)
     slope = np.linspace(0, 8, 6500)[:, np.newaxis]
     q, k = np.abs(q), k + (slope * (-1 if how == "falling" else 1)).astype(dtype)
@@ -236,7 +237,7 @@ def test_long_rows_whose_maximum_moves(engine, rng, how, dtype):
 
 @given(data=st.data())
 def test_anything_drawn_at_random(data: st.DataObject):
-    """Shapes, layouts, masks and modifiers; on all engines that are here, in turn."""
+    """Shapes, layouts, masks and modifiers, on each engine, tile kind and ISA of this machine."""
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     b, hkv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -276,7 +277,7 @@ def test_anything_drawn_at_random(data: st.DataObject):
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_bfloat16_as_bit_patterns(engine, rng, order):
-    """uint16 in, uint16 out: the bits that ml_dtypes' arrays give."""
+    """uint16 arrays give uint16 results, with the bits that arrays of ml_dtypes give."""
     shape = (2, 3, 70, 40)
     q, k, v = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for _ in range(3))
     mask = rng.standard_normal((70, 70)).astype(ml_dtypes.bfloat16)
@@ -295,7 +296,7 @@ def test_bfloat16_as_bit_patterns(engine, rng, order):
 
 @pytest.fixture(scope="module", params=[np.float32, ml_dtypes.bfloat16])
 def far(request):
-    """Keys beyond 64 MiB: windows of a shorter array, side by side in memory; and the answer."""
+    """Return tensors with over 64 MiB of keys, windows of a shorter array, and the exact result."""
     rng, dtype = np.random.default_rng(0), np.dtype(request.param)
     count = (1 << 26) // ((1000 + 8) * dtype.itemsize) + 1000
     whole = rng.standard_normal(count + 999).astype(dtype)
@@ -305,7 +306,7 @@ def far(request):
 
 
 def test_more_keys_than_caches_hold(engine, far):
-    """Then more rows are few."""
+    """Beyond the caches, decoding takes calls with more rows."""
     query, key, value, exact = far
     out = sdpa(query, key, value, enable_gqa=True)
     tolerance = 4e-5 if query.dtype == np.float32 else 1e-2 * np.abs(exact).max()

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and the comparison from end to end on a tiny shape."""
+"""`python -m qkv_fast bench` on a tiny shape, and the arithmetic of benches/regression.py."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_shapes_by_name_and_by_numbers():
         ("prefil", "prefill"),
     ],
 )
-def test_a_bad_shape_is_told_the_form_the_groups_and_the_nearest_names(capsys, wrong, nearest):
+def test_a_bad_shape_is_answered_with_the_form_and_the_nearest_name(capsys, wrong, nearest):
     assert __main__.main(["bench", "--shapes", wrong]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"shape is {wrong!r}: ")
@@ -130,7 +130,7 @@ def test_the_comparison_runs_and_writes_json(tmp_path, capsys):
     assert "1,2,20,8,causal bfloat16" in capsys.readouterr().out
 
 
-def test_a_wrong_peer_is_named_and_not_timed(monkeypatch):
+def test_a_peer_with_a_wrong_result_is_named_and_not_timed(monkeypatch):
     class Wrong:
         name = "torch"
 
@@ -142,7 +142,7 @@ def test_a_wrong_peer_is_named_and_not_timed(monkeypatch):
     assert row["gflops"] == {}
 
 
-def test_what_is_asked_for_must_be_there(monkeypatch, capsys):
+def test_unknown_shapes_and_missing_peers_exit_with_2(monkeypatch, capsys):
     assert __main__.main(["bench", "--shapes", "nonsense"]) == 2
     monkeypatch.setattr(compare, "version", lambda name: None)
     assert __main__.main(["bench", "--peers", "torch"]) == 2

@@ -1,6 +1,6 @@
-"""_native/shortcut.pyx against the stages that it saves: same answers, same refusals.
+"""_native/shortcut.pyx and stored_shortcut.pyx give the results and errors of the stages.
 
-Every test runs calls twice, with the shortcut and without it.
+Most tests make each call twice, with the shortcut and without it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ import gc
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same, make, normal
+from helpers import assert_same, connected, counted, make, normal, without_shortcut
 
 import qkv_fast
-from qkv_fast import _dispatch, _loader
+from qkv_fast import _dispatch
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16,
@@ -30,47 +28,6 @@ SHAPES = [
     (3, 4, 2, 5, 70, 8, 24),
     (2, 2, 2, 131, 67, 33, 33),
 ]
-
-
-@contextlib.contextmanager
-def connected(runners: Any, thread_count: Any = _dispatch.get_num_threads) -> Iterator[None]:
-    """Let the shortcut know these runners: with none of them it recognises no call."""
-    if not _loader.why_not_native():
-        one = np.ones((1, 1, 1), np.float32)
-        sdpa(one, one, one)  # the first call connects it
-        native = _loader.native_module()
-        native.connect(_dispatch.requested, runners, thread_count)
-    try:
-        yield
-    finally:
-        if not _loader.why_not_native():
-            native.connect(_dispatch.requested, _dispatch._runners, _dispatch.get_num_threads)
-
-
-def without_shortcut() -> contextlib.AbstractContextManager[None]:
-    return connected({})
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[bool]]:
-    """Note for each call whether the shortcut computed it."""
-    with connected(_dispatch._runners):
-        pass
-    taken: list[bool] = []
-    shortcuts = _dispatch.shortcuts
-
-    def counting(name: str) -> Any:
-        def count(*arguments: Any) -> Any:
-            answer = getattr(shortcuts, name)(*arguments)
-            taken.append(answer is not None)
-            return answer
-
-        return count
-
-    names = ("attend", "attend_pages", "attend_cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dispatch, "shortcuts", SimpleNamespace(**{n: counting(n) for n in names}))
-        yield taken
 
 
 def has_shortcut(engine: Any) -> bool:
@@ -86,7 +43,7 @@ def tensors(rng: np.random.Generator, shape: Any, name: str) -> tuple[list[np.nd
 
 
 def both_ways(*arguments: Any, call: Any = sdpa, **options: Any) -> bool:
-    """Compare a call with and without the shortcut; return whether it was taken."""
+    """Compare a call with and without the shortcut; return whether the shortcut computed it."""
     with without_shortcut():
         expected = call(*arguments, **options)
     with counted() as taken:
@@ -136,7 +93,7 @@ def test_same_layouts(engine, rng):
     assert both_ways(unaligned, k, v, enable_gqa=True) == expected
 
 
-def test_what_is_left_to_the_stages(engine, rng):
+def test_calls_that_are_left_to_the_stages(engine, rng):
     q, k, v = make(rng, (2, 2, 2, 5, 9, 8, 8))
     m = np.ones((5, 9), bool)
     wide = np.ones((2, 2, 5, 8), np.float32).swapaxes(1, 2).copy().swapaxes(1, 2)
@@ -290,7 +247,8 @@ def test_pages(engine, rng, query_name, name):
     table, lengths = np.array([[4, 0, 1], [2, 1, 3]]), np.array([9, 24])
     options |= {"call": qkv_fast.paged_attention, "dtype": "bfloat16"}
     with without_shortcut(), contextlib.suppress(TypeError):
-        qkv_fast.paged_attention(q, k, v, table, lengths, dtype="bfloat16")  # resolves the choice
+        # Resolves the choice of an engine.
+        qkv_fast.paged_attention(q, k, v, table, lengths, dtype="bfloat16")
     mask = rng.random((2, 1, 3, 24)) < 0.7
     for arguments, more in (
         ((q, k, v, table, lengths), {}),
@@ -302,7 +260,7 @@ def test_pages(engine, rng, query_name, name):
     ):
         assert both_ways(*arguments, **options, **more) == fast
     outside = table.copy()
-    outside[0, 2] = -1  # which no query can see
+    outside[0, 2] = -1  # no query sees this page
     for arguments, more in (
         ((q, k, v, outside, lengths), {}),
         ((q, k, v, table.tolist(), lengths), {}),
@@ -382,7 +340,7 @@ def test_caches(engine, rng, options, name):
         {"num_threads": 1, "scale": -0.5},
         {"out": np.empty_like(q)},
     ):
-        both_ways(q, call=cache.attend, **more)  # resolves the choice
+        both_ways(q, call=cache.attend, **more)  # resolves the choice of an engine
         assert both_ways(q, call=cache.attend, **more) == fast
         with counted() as taken:
             cache.attend(q, sequences=[0, 1], **more)
@@ -405,14 +363,14 @@ def test_out_that_overlaps_pages(engine, rng):
     assert taken == [has_shortcut(engine)]
 
 
-def test_no_reference_is_kept(engine, rng):
+def test_calls_keep_no_reference(engine, rng):
     q, k, v = make(rng, (1, 2, 2, 4, 8, 8, 8))
     mask, out = np.ones((4, 8), bool), np.empty_like(q)
     huge = np.lib.stride_tricks.as_strided(q, (1, 1, 1, 1 << 41), (0, 0, 0, 0))
     one = np.ones((1, 1, 1, 4), np.float32)
     table, lengths = np.zeros((1, 2), int), np.array([9])
     given = (q, k, v, mask, out, huge, one, table, lengths)
-    dtypes = (q.dtype, np.dtype(np.uint16))  # others may drop references to these
+    dtypes = (q.dtype, np.dtype(np.uint16))  # other code may drop references to these
 
     def calls() -> None:
         sdpa(q, k, v, mask, out=out, return_lse=True)
@@ -439,7 +397,7 @@ def test_no_reference_is_kept(engine, rng):
     assert result.base is None
 
 
-def test_the_choice_and_the_threads_in_force_hold(native, rng):
+def test_the_chosen_engine_and_threads_are_used(native, rng):
     q, k, v = make(rng, "small")
     with counted() as taken:
         sdpa(q, k, v)
@@ -449,7 +407,11 @@ def test_the_choice_and_the_threads_in_force_hold(native, rng):
             sdpa(q, k, v)
             scalar = sdpa(q, k, v)
     is_fast = qkv_fast._select.current().tiles == "simd"
-    assert [taken[0], taken[1], taken[3]] == [is_fast, False, True]  # the stages resolve a choice
+    assert [taken[0], taken[1], taken[3]] == [
+        is_fast,
+        False,
+        True,
+    ]  # the first call resolves the choice
     with qkv_fast.backend("native", tiles="simd", isa="scalar"), without_shortcut():
         assert_same(scalar, sdpa(q, k, v))
     with qkv_fast.backend("python"), without_shortcut():
@@ -459,11 +421,11 @@ def test_the_choice_and_the_threads_in_force_hold(native, rng):
     with counted(), connected(_dispatch._runners, lambda: asked.append(1) or 1):
         sdpa(q, k, v)
         sdpa(q, k, v, num_threads=2)
-        sdpa(q[:, :1, :1], k[:, :1], v[:, :1])  # on one thread in any case
+        sdpa(q[:, :1, :1], k[:, :1], v[:, :1])  # too small for a second thread
     assert asked == [1] * is_fast
 
 
-def test_callers_at_once_and_in_signal_handlers(native, rng):
+def test_concurrent_callers_and_signal_handlers(native, rng):
     inputs = [make(rng, shape) for shape in SHAPES]
     expected = [sdpa(*x, enable_gqa=True) for x in inputs]
     wrong: list[int] = []

@@ -1,5 +1,5 @@
-/* Many callers, some of which make jobs within tasks, on csrc/runtime's pool: each task must run
- * once, and ThreadSanitizer must have nothing to say. Usage: thread_pool_stress callers jobs */
+/* Many callers of csrc/runtime's thread pool; some start a job within a task. Each task must run
+ * once, and sanitizers must report nothing. Usage: thread_pool_stress callers jobs */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>

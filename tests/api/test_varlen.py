@@ -1,4 +1,4 @@
-"""Packed sequences: each as if it were alone."""
+"""varlen_attention: each packed sequence gives what it gives alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def packed(rng, heads: int = 4, kv_heads: int = 2, d: int = 24, dv: int = 20, dt
 
 
 def each(q, k, v):
-    """Yield (slice of queries, query, key, value) of each sequence, heads first."""
+    """Yield for each sequence its slice of queries, and (H, L, D) query, key and value."""
     cu_q, cu_k = starts(LENGTHS_Q), starts(LENGTHS_K)
     for i in range(len(LENGTHS_Q)):
         own, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
@@ -45,7 +45,7 @@ def each(q, k, v):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_agrees_with_the_oracle_and_with_each_alone(engine, rng, dtype, options):
+def test_agrees_with_the_oracle_and_with_each_sequence_alone(engine, rng, dtype, options):
     q, k, v = packed(rng, dtype=dtype)
     sinks, slopes = rng.standard_normal(4), rng.random((len(LENGTHS_Q), 4)) * 0.1
     extra = {"sinks": sinks} if "scale" in options else {}
@@ -65,7 +65,7 @@ def test_agrees_with_the_oracle_and_with_each_alone(engine, rng, dtype, options)
             np.testing.assert_array_equal(lse[own].T, alone_lse)
 
 
-def test_one_list_of_lengths_serves_both(engine, rng):
+def test_cu_seqlens_q_are_the_default_of_cu_seqlens_k(engine, rng):
     q, k, v = (normal(rng, (30, 2, 8)) for _ in range(3))
     cu = [0, 7, 30]
     np.testing.assert_array_equal(
@@ -74,10 +74,11 @@ def test_one_list_of_lengths_serves_both(engine, rng):
     )
 
 
-def test_offsets_and_lengths_of_ones_own(engine, rng):
+def test_query_offset_and_key_lengths(engine, rng):
     q, k, v = packed(rng)
     lengths = np.array(LENGTHS_K) // 2
-    k[starts(LENGTHS_K)[3] + lengths[3] :][: lengths[3]] = np.nan  # behind the end: never read
+    # Past key_lengths: must not be read.
+    k[starts(LENGTHS_K)[3] + lengths[3] :][: lengths[3]] = np.nan
     out = varlen_attention(
         q, k, v, starts(LENGTHS_Q), starts(LENGTHS_K), is_causal=True, query_offset=4,
         key_lengths=lengths,
@@ -92,7 +93,7 @@ def test_offsets_and_lengths_of_ones_own(engine, rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [[0, 1, 2], [0, 0, 1, 1, 2, 3], [0, 1, 1]], ids=str)
 def test_sequences_of_one_key_at_most(engine, rng, dtype, keys):
-    """Their rows of keys and values lie anywhere: strided, interleaved, the same one, reversed."""
+    """Rows of keys and values may be strided, interleaved, reversed or one and the same."""
     queries = np.arange(0, 30 * len(keys), 30)
     q = normal(rng, (queries[-1], 1, 4), dtype)
     wide = normal(rng, (keys[-1], 1, 14), dtype)
@@ -127,7 +128,7 @@ def test_out_may_be_query(engine, rng):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_threads_and_neighbours_change_no_bit(engine, rng, threads):
+def test_the_number_of_threads_changes_no_bit(engine, rng, threads):
     q, k, v = packed(rng)
     args = (starts(LENGTHS_Q), starts(LENGTHS_K))
     one = varlen_attention(q, k, v, *args, is_causal=True, num_threads=1)
@@ -136,7 +137,7 @@ def test_threads_and_neighbours_change_no_bit(engine, rng, threads):
     )
 
 
-def test_nothing_at_all(engine):
+def test_empty_sequences(engine):
     empty = np.ones((0, 2, 8), np.float32)
     assert varlen_attention(empty, empty, empty, [0]).shape == (0, 2, 8)
     assert varlen_attention(empty, empty, empty, [0, 0, 0]).shape == (0, 2, 8)
@@ -203,7 +204,7 @@ def test_refusals(error, message, wrong):
 
 
 def test_uneven_lengths_are_balanced(native, rng):
-    """One long sequence with many short ones: threads find tasks of bounded size, not sequences."""
+    """One long sequence among short ones: tasks have a bounded size, so both threads get some."""
     from qkv_fast.bench.probes import busy_seconds
 
     lengths = [1024, *[16] * 31]

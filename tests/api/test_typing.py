@@ -1,4 +1,4 @@
-"""The public functions' types, and their signatures as help shows them."""
+"""Types of the public functions for mypy, and their signatures for help()."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_mypy_infers_what_a_call_returns(tmp_path):
     command = [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={tmp_path}"]
     done = subprocess.run(
         [*command, str(HERE / "typing_cases.py")],
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         env=os.environ | {"MYPYPATH": str(Path(qkv_fast.__file__).parents[1])},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What a build compiles again and what it takes from the build before: build_support.py."""
+"""build_support.py and setup.py: what a build compiles, what it takes from the last, what fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "build_support.py").exists():
     pytest.skip("needs a checkout or an sdist", allow_module_level=True)
 
@@ -55,7 +55,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiled(project: Path, cache: build_support.BuildCache) -> Callable[..., dict[str, bool]]:
-    """Return a build that tells for each file whether it was compiled."""
+    """Return a build, which returns for each file whether it was compiled."""
 
     def build(*flags: str, include: str = "include", compiler: str | None = CC) -> dict[str, bool]:
         assert compiler is not None
@@ -227,7 +227,7 @@ def test_job_count() -> None:
 
 @pytest.fixture
 def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return setup.py as a command, on a copy of the project with all but empty extensions."""
+    """Return setup.py as a command, on a copy of the project with two trivial extensions."""
     pytest.importorskip("Cython")
     setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.partition(".")[0]) < 77:
@@ -244,7 +244,7 @@ def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     native = package / "_native"
     for name in ("engine.pyx", "blas.pyx"):
         (native / name).write_text("x = 1\n")
-    (native / f"engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # an earlier build's
+    (native / f"engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # of an earlier build
 
     def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("QKV_FAST_")}

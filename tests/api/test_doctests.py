@@ -1,4 +1,4 @@
-"""The examples in the documentation run."""
+"""Documentation: its examples run, and each public name has one and is listed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import run_python
 
 import qkv_fast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = [
     "bench.shapes",
     "_attention",
@@ -46,7 +46,7 @@ def test_docstrings(name):
 
 @pytest.mark.parametrize("name", qkv_fast.__all__)
 def test_docstrings_of_public_names(name):
-    """Also those of methods: `testmod` passes over a class whose `__module__` is the package."""
+    """Methods too: `testmod` skips a class whose `__module__` is the package."""
     tests = doctest.DocTestFinder(exclude_empty=True).find(
         getattr(qkv_fast, name), name, module=False, globs={}
     )
@@ -77,7 +77,7 @@ assert [x for x in dir(qkv_fast) if x[0] != "_"] == sorted([*qkv_fast.__all__, "
 """
 
 
-def test_only_public_names_are_offered_for_completion():
+def test_dir_lists_public_names_only():
     done = run_python(NAMES)
     assert done.returncode == 0, done.stderr
 

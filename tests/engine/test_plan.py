@@ -1,4 +1,4 @@
-"""What the native engine plans for a Problem: block sizes, tasks, scratch; nothing is computed."""
+"""Plans of the native engine: block sizes, tasks, scratch. These tests compute no attention."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from qkv_fast._problem.problem import Problem
 native = pytest.importorskip("qkv_fast._native", reason="no native engine")
 
 KIB = 1 << 10
+PATHS = [str(folder) for folder in Path(__file__).parents[:2]]  # of this file and of helpers.py
 CODES = {np.float32: 0, np.float64: 1, np.float16: 2, np.uint16: 3, np.bool_: 4, np.int8: 5}
 
 
 def problem(query: tuple[int, ...], key: np.ndarray, **fields: Any) -> Problem:
-    """Return a Problem whose value is its key too, as if it had been checked."""
+    """Return a Problem as the stages fill it; its value is its key."""
     p = Problem()
     p.query = np.zeros(query, np.float32)
     p.key, p.value, p.out = key, key, p.query.copy()
@@ -63,7 +64,7 @@ def test_scratch_arrays_do_not_overlap(kv_len: int, size: int, dtype: type) -> N
             assert layout[array] + size_needed <= end, (name, array)
         assert layout["query"] + size * rows * 4 <= layout["acc"]
         assert layout["acc"] + size * rows * 4 <= layout["total"]
-        if name == "prefill" and kv_len > 2048:  # where sums are folded
+        if name == "prefill" and kv_len > 2048:  # prefill folds the sums of long rows
             assert layout["total"] + size * rows * 4 <= layout["error"]
             assert layout["error"] + size * rows * 4 <= layout["tile_bytes"]
         assert layout["bytes"] <= plans["scratch_bytes"]
@@ -81,7 +82,7 @@ def test_block_sizes_of_decode() -> None:
 
 
 BLOCKS = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = {PATHS!r}
 from test_plan import dense, describe, problem
 for size in (64, 256, 512, 1024, 2048, 1 << 14):
     print(describe(problem((1, 2, 3, size), dense(1, 2, 9, size)))["prefill"]["block_k"])
@@ -110,7 +111,7 @@ def test_tiles_share_a_task_where_keys_must_be_converted() -> None:
 
     assert tiles(32, np.float32) == 1
     assert tiles(32, np.float16) > 1
-    assert tiles(32, np.float16, num_threads=10_000) == 1  # each thread has its share of tasks
+    assert tiles(32, np.float16, num_threads=10_000) == 1  # enough tasks for all threads
     mask = np.ones((1, 32, 1024, 64), bool)
     assert tiles(32, np.float32, attn_mask=mask, mask_code=CODES[np.bool_]) > 1
 
@@ -147,16 +148,20 @@ def test_heads_are_interleaved_where_their_keys_alternate() -> None:
     table = {"block_table": np.zeros((64, 32), np.int64), "kv_len": 512}
     for page_size, span in ((16, 64), (64, 64), (128, 128)):
         assert interleaving(dense(9, 8, page_size, 128), **table) == (page_size, span, 8)
-    for page_size in (8, 24, 2048):  # shorter than a key run; no whole blocks; long enough
+    for page_size in (
+        8,
+        24,
+        2048,
+    ):  # less than a key run; no multiple of one; long enough as they are
         assert interleaving(dense(9, 8, page_size, 128), **table)[::2] == (0, 1)
     swapped = dense(64, 512, 8, 128).swapaxes(1, 2)
     assert interleaving(swapped, softcap=1.0)[::2] == (0, 1)
-    assert interleaving(swapped, num_threads=64)[2] < 8  # each thread has its share of tasks
+    assert interleaving(swapped, num_threads=64)[2] < 8  # enough tasks for all threads
 
 
 L2 = f"""
 import hashlib, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {PATHS!r}
 import numpy as np, qkv_fast
 from qkv_fast import _native
 from test_plan import describe, dense, problem
@@ -179,5 +184,5 @@ def test_the_size_of_the_l2_decides_sharing_and_no_bit() -> None:
 def test_a_wrong_size_of_the_l2_is_refused_by_name() -> None:
     for wrong in ("0", "-1", "1e6", "many"):
         done = run_python("import qkv_fast; qkv_fast.show_config()", QKV_FAST_L2_BYTES=wrong)
-        assert done.returncode != 0  # and no other engine serves in its place
+        assert done.returncode != 0  # the Python engine does not replace it
         assert f"QKV_FAST_L2_BYTES is '{wrong}': it must be a whole number" in done.stderr

@@ -1,7 +1,7 @@
-"""A row's result depends on its own inputs alone, bit for bit.
+"""The bits of a row's result depend on its own inputs alone.
 
-That of BLAS tiles depends on neither threads nor batch; on a row's place it may, since there BLAS
-kernels round as they like.
+Results of BLAS tiles and of the Python engine depend on neither threads nor batch, but they may
+depend on where a row falls in a tile: BLAS kernels may round it differently there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_the_rest_of_the_batch_changes_no_bit(engine, rng, dtype, options, size)
 @pytest.mark.parametrize("first", [1200, 4400])
 @pytest.mark.parametrize("left", [None, 2500])
 def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, dtype, first, left):
-    """Nor how many rows there are, as long as tiles are for them, nor its neighbours' keys."""
+    """Neither do the number of rows, while prefill takes the call, and the keys of other rows."""
     if engine.tiles != "simd":
         pytest.skip("neither NumPy's products nor BLAS' promise this")
     monkeypatch.setattr(_dispatch, "_runners", {})
@@ -68,8 +68,8 @@ def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, d
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("q_len", [1, 3])
-def test_few_rows_whose_keys_are_split(engine, rng, dtype, options, q_len):
-    """Chunks of keys are tasks: neither threads nor the batch change how they are merged."""
+def test_splitting_the_keys_changes_no_bit(engine, rng, dtype, options, q_len):
+    """Decoding merges the parts of the keys in the same order on any threads and in any batch."""
     q, k, v = make(rng, (3, 4, 2, q_len, 4500, 40, 24), dtype)
     lengths = [4500, 2049, 3]
     options = options | {"enable_gqa": True, "query_offset": [4497, 2046, 0]}
@@ -86,7 +86,7 @@ def test_few_rows_whose_keys_are_split(engine, rng, dtype, options, q_len):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 def test_skipping_excluded_blocks_changes_no_bit(engine, rng, dtype):
-    """A window by positions, which skips blocks, and the same as a mask, which reads them."""
+    """`window` skips blocks of keys, and a mask of the same keys reads them."""
     if engine.tiles != "simd":
         pytest.skip("neither NumPy's products nor BLAS' promise this")
     q, k, v = make(rng, (1, 2, 2, 100, 500, 32, 32), dtype)

@@ -1,4 +1,4 @@
-"""What a type checker infers of calls: run by mypy, not by Python (see test_typing.py)."""
+"""Calls with the types that a type checker must infer. mypy reads this file: test_typing.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ assert_type(cache.attend(x), Array)
 assert_type(cache.attend(x, None, True, sequences=[0], num_threads=1), Array)
 assert_type(cache.attend(x, return_lse=True), Both)
 
-either = bool(x.any())  # known when it runs
+either = bool(x.any())  # known only at run time
 assert_type(sdpa(x, x, x, return_lse=either), Array | Both)
 assert_type(cache.attend(x, return_lse=either), Array | Both)
 

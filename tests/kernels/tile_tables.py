@@ -1,7 +1,7 @@
-"""The C tables of kernels, seen from Python through ctypes.
+"""The C tables of kernels, as ctypes structures.
 
-The fields of the struct are written down once, in csrc/kernels/kernels.h. The library carries the
-text of that declaration, as it was when the library was compiled, and `Table` is made from it.
+csrc/kernels/kernels.h alone declares the fields of the struct. A library contains the text of that
+declaration from when it was compiled, and `Table` gets its fields from this text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-HEADER = Path(__file__).parents[1] / "csrc" / "kernels" / "kernels.h"
+HEADER = Path(__file__).parents[2] / "csrc" / "kernels" / "kernels.h"
 NUMBERS = {"int": ctypes.c_int, "double": ctypes.c_double, "ptrdiff_t": ctypes.c_ssize_t}
 
 
@@ -96,9 +96,9 @@ def field_type(name: str, declared: str) -> Any:
 
 
 def complete_table(library: ctypes.CDLL) -> None:
-    """Give Table its fields, those that the library was compiled with.
+    """Give Table the fields that the library was compiled with.
 
-    Raises StaleTable if csrc/kernels/kernels.h, where it is at hand, declares others.
+    Raises StaleTable if csrc/kernels/kernels.h exists and declares others.
     """
     if hasattr(Table, "_fields_"):
         return

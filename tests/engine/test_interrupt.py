@@ -1,4 +1,4 @@
-"""Ctrl-C ends a call of minutes, and no thread stays at work."""
+"""Ctrl-C ends a call that would take minutes, and its threads stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import run_python
 
 from qkv_fast import _loader, _select
 
-# (query shape, key shape): calls of a minute and more, all their memory a single element.
+# (query shape, key shape) of calls that would take a minute or more, on one broadcast element.
 CALLS = {
     "many tasks": ((1, 8, 1 << 17, 64), (1, 8, 1 << 17, 64)),
     "long tasks": ((1, 2, 256, 64), (1, 2, 1 << 24, 64)),
@@ -24,7 +24,7 @@ INTERRUPTED = """
 import os, signal, threading, time
 import numpy as np, qkv_fast
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run aside
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 query, key = (np.broadcast_to(np.{dtype}(1), shape) for shape in ({query}, {key}))
 small = np.ones((1, 2, 9, 8), np.{dtype})
 qkv_fast.scaled_dot_product_attention(small, small, small)
@@ -84,6 +84,6 @@ print("right")
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
 def test_a_handler_that_returns_lets_the_call_go_on():
-    """Even if it attends itself."""
+    """The handler may make a call itself."""
     done = run_python(HANDLED, **{k: os.environ[k] for k in _select.VARIABLES if k in os.environ})
     assert done.stdout.strip() == "right", done.stderr

