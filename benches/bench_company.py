@@ -246,7 +246,44 @@ def small(rounds: int) -> None:
             print(f"    {name:<20}{median * 1e6:8.1f} us")
 
 
-SCENES = {f.__name__: f for f in (threads, busy, processes, after, small)}
+# --- A decoder in torch ---------------------------------------------------------------------------
+
+
+def decoder(rounds: int, layers: int = 30, keys: int = 512) -> None:
+    """A new token through layers as SmolLM2's, in torch, with torch's attention and with this."""
+    if not version("torch"):
+        print("torch is not installed")
+        return
+    import torch
+
+    torch.set_num_threads(CPUS)
+    sizes = {"qkv": (960, 576), "o": (576, 576), "up": (3072, 576), "down": (576, 1536)}
+    weights = [{n: torch.randn(s) * 0.02 for n, s in sizes.items()} for _ in range(layers)]
+    caches = [torch.randn(2, 1, 3, keys, 64) for _ in range(layers)]
+    linear, theirs = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+
+    def token(attend: Callable[..., Any]) -> None:
+        x = torch.ones(1, 576)
+        for weight, (k, v) in zip(weights, caches, strict=True):
+            q = linear(x, weight["qkv"])[:, :576].view(1, 9, 1, 64)
+            x = x + linear(attend(q, k, v).reshape(1, 576), weight["o"])
+            gate, up = linear(x, weight["up"]).chunk(2, dim=-1)
+            x = x + linear(torch.nn.functional.silu(gate) * up, weight["down"])
+
+    attends: dict[str, Callable[..., Any]] = {
+        "no attention": lambda q, k, v: q,
+        "torch": lambda q, k, v: theirs(q, k, v, enable_gqa=True),
+        "qkv_fast": lambda q, k, v: torch.from_numpy(sdpa(q, k, v, enable_gqa=True)),
+    }
+    with torch.inference_mode():
+        runs: dict[str, Run] = {n: lambda a=attend: token(a) for n, attend in attends.items()}
+        seconds = in_turns(runs, 2 * rounds, 10)
+    for name, median in seconds.items():
+        print(f"    {name:<14}{median * 1e3:7.2f} ms a token, attention "
+              f"{(median - seconds['no attention']) / layers * 1e6:6.1f} us a layer")  # fmt: skip
+
+
+SCENES = {f.__name__: f for f in (threads, busy, processes, after, small, decoder)}
 
 
 def main() -> None:
