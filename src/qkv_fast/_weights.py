@@ -62,9 +62,10 @@ def attention_weights(
         As in `scaled_dot_product_attention`. Keys past `key_lengths` are -inf at each stage but
         "softmax", where they are 0.
     lse : array, shape (..., Hq, Lq), optional
-        Log-sum-exps of all rows, as the op returns: a weight is then ``exp(score - lse)``, shared
-        with the sinks. With that of `merge_attention` over several parts of the keys, the weights
-        of one part are its share of the whole. For the stage "softmax" only.
+        Log-sum-exps of all rows, as the op returns them: a weight is ``exp(score - lse)``, or less
+        with sinks, and no sum over the keys is needed. With those that `merge_attention` returns
+        for several parts of the keys, the weights of a part are its share of the whole. For the
+        stage "softmax" only.
     out : ndarray or tensor, of the result's shape and dtype, optional
         Where the result goes, and what is returned. It may overlap any input: the answer is as if
         it did not. A memory map serves where the weights exceed the memory.
@@ -90,10 +91,10 @@ def attention_weights(
     sequences, ask for some rows and heads.
 
     A row's weights do not depend on the number of threads, nor on which other rows and heads are
-    computed. Where NumPy or BLAS multiply (see `backend`), last bits may depend on the latter.
+    computed. With the Python engine or BLAS tiles (see `backend`), last bits may depend on the
+    other rows.
 
-    The op's own weights in bfloat16 are rounded to it on CPUs that multiply that type; these are
-    not rounded.
+    On CPUs that multiply bfloat16, the op rounds its weights to that type. These are not rounded.
 
     A call that is interrupted (KeyboardInterrupt) leaves `out` undefined.
 
@@ -131,5 +132,6 @@ def attention_weights(
         limit_keys(p, key_lengths)
     selection(p, stage, rows, heads, lse)
     output_of_weights(p, out, num_threads)
-    weights: Any = solve(p)
-    return weights  # type: ignore[no-any-return]
+    solve(p)
+    weights: Array = p.result
+    return weights

@@ -7,10 +7,8 @@
     out = out 2^(m - row_max) / row_sum     block by block, when both are known
 
 So each product and each power is computed once. Blocks that no row of a tile sees are filled. At
-the stages before the softmax, out = Sᵀ, with -inf for a key that is excluded.
-
-Products are always those of reals: where AMX or AVX512_BF16 multiply bfloat16 for the op, the op
-rounds weights to bfloat16, and these are not rounded.
+the stages before the softmax, out = Sᵀ, with -inf for a key that is excluded. Products are those of
+reals also where the op has AMX or AVX512_BF16 multiply bfloat16, for which it rounds its weights.
 """
 
 cimport numpy as cnp
@@ -37,7 +35,8 @@ cdef extern from *:
     int first_bit "__builtin_ctzll"(uint64_t) nogil
 
 cdef extern from "<math.h>":
-    int signbit(double) nogil           # a macro, for floats too
+    int isfinite(double) nogil          # macros, for floats too
+    int signbit(double) nogil
 
 
 cdef struct TileProgress:               # BlockRecords follow it in memory
@@ -74,13 +73,19 @@ cdef int view_selection(WeightsCall *call, problem) except -1:
 
 
 cdef void plan_weights(WeightsCall *call, const qkv_tile_kernels *kernels) noexcept:
-    """Complete the plan from its views, all but tasks and scratch."""
+    """Complete the plan from its views, all but tasks and scratch.
+
+    Products are multiplied by the scale, not queries, which would be rounded once more: that shows
+    in weights of 16-bit types, which are not rounded to these.
+    """
     cdef Launch *launch = &call.launch
     cdef Plan *plan = &launch.prefill
     cdef int axis
     plan_prefill(plan, kernels, &launch.interrupt)
-    if not (call.is_softmax or plan.has_modifiers):
-        plan.query_scale = plan.scale   # kernels after the product want units of log2
+    plan.query_scale = -1 if plan.scale < 0 else 1
+    plan.score_scale = abs(plan.scale)
+    if call.is_softmax or plan.has_modifiers:
+        plan.score_scale *= M_LOG2E     # these kernels want such units
     launch.batches = 1
     for axis in range(plan.batch_ndim):
         launch.batches *= plan.batch_shape[axis]
@@ -105,19 +110,18 @@ cdef Py_ssize_t lay_out_weights(WeightsCall *call, Py_ssize_t threads) noexcept:
     lay_out_prefill(plan)
     if not call.is_softmax:
         blocks = 0
-    call.record_bytes = round_up(
-        sizeof(BlockRecord) + plan.kernels.tile_q * plan.kernels.real_bytes)
-    call.tile_bytes = round_up(sizeof(TileProgress)) + blocks * call.record_bytes
+    call.record_bytes = sizeof(BlockRecord) + plan.kernels.tile_q * plan.kernels.real_bytes
+    call.tile_bytes = round_up(sizeof(TileProgress) + blocks * call.record_bytes)
     call.launch.scratch_bytes = plan.layout.bytes + plan.tiles_per_task * call.tile_bytes
     return count_weights_tasks(call)
 
 
 # --- Rows of out --------------------------------------------------------------------------------
 
-cdef void fill(real *row, int64_t begin, int64_t end, double value) noexcept nogil:
+cdef void fill(real *row, int64_t begin, int64_t end, real value) noexcept nogil:
     cdef int64_t k
     for k in range(begin, end):
-        row[k] = <real>value
+        row[k] = value
 
 
 cdef void fill_up_to(const Plan *plan, QueryTile *tile, TileProgress *progress, int64_t end,
@@ -126,7 +130,7 @@ cdef void fill_up_to(const Plan *plan, QueryTile *tile, TileProgress *progress, 
     cdef int i
     for i in range(tile.count):
         if plan.kernels.real_bytes == 4:
-            fill(<float *>tile.out_rows[i], progress.end, end, value)
+            fill(<float *>tile.out_rows[i], progress.end, end, <float>value)
         else:
             fill(<double *>tile.out_rows[i], progress.end, end, value)
     progress.end = end
@@ -141,11 +145,15 @@ cdef void to_natural_units(real *row, Py_ssize_t nk, double lowest_real) noexcep
 
 
 cdef void rescale_weights(real *row, Py_ssize_t nk, double factor) noexcept nogil:
-    """row *= factor; an excluded key's -0.0 becomes 0, even if factor is NaN."""
+    """row *= factor; an excluded key's -0.0 becomes 0, even if factor is infinite or NaN."""
     cdef real f = <real>factor
     cdef Py_ssize_t k
+    if isfinite(f):
+        for k in range(nk):
+            row[k] = row[k] * f + 0     # -0.0 + 0 is 0
+        return
     for k in range(nk):
-        row[k] = 0 if signbit(row[k]) else row[k] * f
+        row[k] = 0 if row[k] == 0 and signbit(row[k]) else row[k] * f
 
 
 # --- A tile -------------------------------------------------------------------------------------
@@ -158,8 +166,7 @@ cdef inline TileProgress *progress_of(const WeightsCall *call, const HeadView *h
 
 cdef inline BlockRecord *record_of(const WeightsCall *call, TileProgress *progress,
                                    Py_ssize_t number) noexcept nogil:
-    return <BlockRecord *>(<char *>progress + round_up(sizeof(TileProgress))
-                           + number * call.record_bytes)
+    return <BlockRecord *>(<char *>(progress + 1) + number * call.record_bytes)
 
 
 cdef void take_known_lse(const Plan *plan, QueryTile *tile) noexcept nogil:
@@ -187,25 +194,24 @@ cdef void begin_rows(const WeightsCall *call, const HeadView *head, int number) 
         set_real(tile.weight, i, plan.kernels.real_bytes, 1)
 
 
-cdef void record_block(const WeightsCall *call, const QueryTile *tile, TileProgress *progress,
-                       int64_t begin, Py_ssize_t nk) noexcept nogil:
-    """Keep the row_max that the weights of this block are relative to."""
-    cdef BlockRecord *record = record_of(call, progress, progress.blocks)
-    record.begin = begin
-    record.nk = nk
-    memcpy(record + 1, tile.row_max, tile.lanes * call.launch.prefill.kernels.real_bytes)
-    progress.blocks += 1
-
-
-cdef void hide(real *scores, const QueryTile *tile, Py_ssize_t nk) noexcept nogil:
+cdef void hide(const QueryTile *tile, Py_ssize_t nk, int real_bytes) noexcept nogil:
     """Make the scores -inf that tile.allow hides."""
     cdef Py_ssize_t k
     cdef uint64_t hidden
     for k in range(nk):
         hidden = ~tile.allow[k] & lane_bits(tile.lanes)
         while hidden:
-            scores[k * tile.lanes + first_bit(hidden)] = <real>-INFINITY
+            set_real(tile.scores, <int>(k * tile.lanes + first_bit(hidden)), real_bytes, -INFINITY)
             hidden &= hidden - 1
+
+
+cdef void finish_scores(const Plan *plan, QueryTile *tile,
+                        const Visibility *visible) noexcept nogil:
+    """Scale scores without modifiers, as the softmax would, and hide those of excluded keys."""
+    if not plan.has_modifiers:
+        plan.kernels.scale(tile.scores, visible.nk, tile.nvec, plan.score_scale)
+    if visible.partial:
+        hide(tile, visible.nk, plan.kernels.real_bytes)
 
 
 cdef void store_block(const WeightsCall *call, QueryTile *tile, TileProgress *progress,
@@ -234,6 +240,7 @@ cdef void write_block(const WeightsCall *call, const HeadView *head, int number,
     cdef const Plan *plan = &call.launch.prefill
     cdef QueryTile *tile = tile_of(plan, head, number)
     cdef TileProgress *progress = progress_of(call, head, number)
+    cdef BlockRecord *record
     cdef Visibility visible
     if not find_visibility(plan, head, tile, block, &visible):
         return
@@ -243,11 +250,12 @@ cdef void write_block(const WeightsCall *call, const HeadView *head, int number,
     modify_scores(plan, head, tile, block, &visible)
     if call.is_softmax:
         weigh_scores(plan, head, tile, block, &visible)
-        record_block(call, tile, progress, block.begin, visible.nk)
-    elif visible.partial and plan.kernels.real_bytes == 4:
-        hide(<float *>tile.scores, tile, visible.nk)
-    elif visible.partial:
-        hide(<double *>tile.scores, tile, visible.nk)
+        record = record_of(call, progress, progress.blocks)
+        record.begin, record.nk = block.begin, visible.nk
+        memcpy(record + 1, tile.row_max, tile.lanes * plan.kernels.real_bytes)
+        progress.blocks += 1
+    else:
+        finish_scores(plan, tile, &visible)
     store_block(call, tile, progress, block.begin, visible.nk)
 
 

@@ -113,7 +113,8 @@ def _given(p: Problem, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
     if _can_be_written_to(p, array):
         return array
     p.target = array  # of its own dtype: uint16 and bfloat16 differ for NumPy
-    p.temporary = np.empty(shape, array.dtype.newbyteorder("="))
+    native = array.dtype.newbyteorder("=")
+    p.temporary = _new(shape, native) if p.stage else np.empty(shape, native)
     return p.temporary
 
 
