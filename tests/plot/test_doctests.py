@@ -1,0 +1,27 @@
+"""The examples in the docstrings of the pictures run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+from qkv_fast import plot
+
+
+@pytest.mark.parametrize("name", ["inputs", "terminal", "heat_map", "view"])
+def test_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"qkv_fast.plot.{name}"))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", plot.__all__)
+def test_docstrings_of_public_names(name):
+    tests = doctest.DocTestFinder(exclude_empty=True).find(
+        getattr(plot, name), name, module=False, globs={}
+    )
+    examples = [test for test in tests if test.examples]
+    assert examples
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0, test.name
