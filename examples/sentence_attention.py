@@ -16,15 +16,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-import qkv_fast
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import qkv_fast.plot
 
 Array = npt.NDArray[np.float32]
 
@@ -38,11 +35,7 @@ COMPARED = [
     "Interest rates rose again this quarter.",
     "Attention lets every word look at every other word.",
 ]
-SHADES = " ░▒▓█"
-SHOWN_TOKENS = 32  # that a terminal's width holds
-LABEL_WIDTH = 14  # characters of a token in a label of the picture
-MIN_SIDE, MAX_SIDE = 3.0, 5.0  # inches of a head in the picture
-INCHES_A_LABEL = 0.125  # at least: labels of 7.5 points don't overlap
+SHOWN_TOKENS = 32  # of a long text
 DPI = 110
 
 
@@ -161,23 +154,12 @@ def attention_weights(layer: Layer) -> Array:
     return qkv_fast.scaled_dot_product_attention(query, key, value)
 
 
-def heat_map(weights: Array, tokens: list[str]) -> str:
-    """Return one head, a row a query, shaded relative to the row's largest weight; and a legend."""
-    n = min(len(tokens), SHOWN_TOKENS)
-    width = min(14, max(map(len, tokens[:n])))
-    lines = [" " * (width + 1) + "".join(f"{j % 100:>2}" for j in range(n)) + "  looks most at"]
-    for i in range(n):
-        row = weights[i]
-        best = int(row.argmax())
-        shades = np.minimum(row[:n] / row.max() * len(SHADES), len(SHADES) - 1).astype(int)
-        cells = "".join(SHADES[s] * 2 for s in shades)
-        label = tokens[i][:width]
-        lines.append(f"{label:>{width}} {cells}  {best:>2} {tokens[best]} {row[best]:.0%}")
-    if len(tokens) > n:
-        lines.append(f"... and {len(tokens) - n} tokens more")
-    steps = "".join(f" {s * 2} {i / len(SHADES):.0%}" for i, s in enumerate(SHADES) if i)
-    lines.append(f"\neach row relative to its largest weight:{steps} or more")
-    return "\n".join(lines)
+def print_head(weights: Array, tokens: list[str]) -> None:
+    """Print one head's attention, of the first queries if there are many."""
+    shown = tokens[:SHOWN_TOKENS]
+    print(qkv_fast.plot.terminal(weights[: len(shown)], shown, tokens))
+    if len(tokens) > len(shown):
+        print(f"... and {len(tokens) - len(shown)} tokens more")
 
 
 def clipped(text: str, width: int) -> str:
@@ -185,61 +167,9 @@ def clipped(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def thinned(tokens: list[str], most: int) -> dict[int, str]:
-    """Return the labels of an axis by position: all tokens, if at most ``most``.
-
-    If there are more, every n-th and the last have labels, each with its position.
-    """
-    short = [clipped(token, LABEL_WIDTH) for token in tokens]
-    step = -(-len(tokens) // most)
-    if step == 1:
-        return dict(enumerate(short))
-    last = len(tokens) - 1
-    shown = [*range(0, last - step + 1, step), last]
-    return {i: f"{i} {short[i]}" for i in shown}
-
-
-def draw_heads(weights: Array, tokens: list[str], title: str) -> Figure:
-    """Return a figure of all heads of a layer, on one colour scale from 0 to the 99th percentile.
-
-    A few weights near 1 are in almost every layer; a scale up to them would leave most heads dark.
-    """
-    from matplotlib.figure import Figure
-
-    side = min(max(MIN_SIDE, INCHES_A_LABEL * len(tokens)), MAX_SIDE)
-    labels = thinned(tokens, int(MAX_SIDE / INCHES_A_LABEL))
-    margin = 0.5 + 0.07 * max(map(len, labels.values()))
-    columns = min(4, len(weights))
-    rows = -(-len(weights) // columns)
-    width = max(columns * (side + margin) + 1.2, 2.2 * side)  # one head's title is wider than it
-    figure = Figure(figsize=(width, rows * (side + margin) + 0.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    brightest = float(np.percentile(weights, 99))
-    small = {"fontsize": min(9, 60 * side / len(labels)), "parse_math": False}  # "$" is a token
-    large = {"fontsize": 4 * side, "parse_math": False}
-    for head, axis in enumerate(axes.flat):
-        if head >= len(weights):
-            axis.set_axis_off()
-            continue
-        image = axis.imshow(
-            weights[head], cmap="viridis", vmin=0, vmax=brightest, interpolation="nearest"
-        )
-        axis.set_title(f"head {head}", fontsize=3.5 * side)
-        axis.set_xticks(list(labels), list(labels.values()), rotation=90, **small)
-        axis.set_yticks(list(labels), list(labels.values()), **small)
-    figure.suptitle(title, **large)
-    figure.supxlabel("key token", **large)
-    figure.supylabel("query token", **large)
-    bar = figure.colorbar(image, ax=axes, extend="max", aspect=40, shrink=0.8)
-    bar.set_label(f"attention weight (1 % are above {brightest:.2g})", **large)
-    bar.ax.tick_params(labelsize=3.5 * side)
-    return figure
-
-
 def save_picture(weights: Array, tokens: list[str], title: str, path: Path) -> None:
     """Save all heads of a layer as a PNG."""
-    draw_heads(weights, tokens, title).savefig(path, dpi=DPI)
+    qkv_fast.plot.heat_map(weights, tokens, title=title).savefig(path, dpi=DPI)
 
 
 def plain_numpy(query: Array, key: Array, value: Array) -> Array:
@@ -340,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights = attention_weights(layer)
     title = f"layer {options.layer}, head {options.head}"
     print(f"{title}: how much each token (rows) looks at each (columns)\n")
-    print(heat_map(weights[options.head], tokens))
+    print_head(weights[options.head], tokens)
 
     start = clipped(" ".join(text.split()), 60)
     save_picture(weights, tokens, f"layer {options.layer}: {start}", options.png)

@@ -80,14 +80,12 @@ def test_the_printed_output_and_the_picture(example, tmp_path, capsys):
     assert "plain NumPy" in shown
 
 
-def test_the_heat_map_says_what_its_shades_mean(example):
-    weights = np.array([[0.01, 0.04, 0.02], [0.9, 0.0, 0.3], [0.1, 0.79, 0.8]], np.float32)
-    *rows, _, legend = example.heat_map(weights, ["a", "b", "c"]).splitlines()
-    assert legend == (
-        "each row relative to its largest weight: ░░ 20% ▒▒ 40% ▓▓ 60% ██ 80% or more"
-    )
-    assert len(legend) < 80
-    assert [row[2:8] for row in rows] == [" 0 1 2", "░░██▒▒", "██  ░░", "  ████"]
+def test_a_long_text_is_cut(example, capsys):
+    weights = np.full((40, 40), 1 / 40)
+    example.print_head(weights, ["word"] * 40)
+    *lines, more = capsys.readouterr().out.splitlines()
+    assert more == "... and 8 tokens more"
+    assert sum("word" in line for line in lines) == 32
 
 
 @pytest.fixture

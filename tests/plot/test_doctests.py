@@ -1,0 +1,42 @@
+"""The examples in the docstrings of the pictures run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from qkv_fast import plot
+
+
+@pytest.mark.parametrize("name", ["inputs", "terminal", "heat_map", "view"])
+def test_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"qkv_fast.plot.{name}"))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", plot.__all__)
+def test_docstrings_of_public_names(name):
+    tests = doctest.DocTestFinder(exclude_empty=True).find(
+        getattr(plot, name), name, module=False, globs={}
+    )
+    examples = [test for test in tests if test.examples]
+    assert examples
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0, test.name
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    guide = Path(__file__).parents[2] / "docs" / "pictures.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile("".join(blocks), "pictures.md", "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "attention.html",
+        "entropy.png",
+        "layer0.png",
+    }
