@@ -1,4 +1,4 @@
-"""Each shape on NumPy and on every engine, tile kind and ISA: ``pytest benches/``."""
+"""Time each shape with NumPy and on every engine, tile kind and ISA: ``pytest benches``."""
 
 from __future__ import annotations
 

@@ -1,21 +1,24 @@
-"""In company: more threads than CPUs, other processes, other libraries' threads, small calls.
+"""Time calls beside other load: excess threads, other processes, other libraries' threads.
 
 ``python benches/bench_company.py [SCENE ...]`` prints a table for each scene:
 
 threads
-    The time of a call over its number of threads, against that with one for each CPU.
+    Milliseconds of a call with 1 to 256 threads, and the ratio to one thread for each CPU.
 busy
-    The same beside a process that keeps one CPU busy. Of n CPUs, n threads then get n * n / (n + 1)
-    by a fair share.
+    The same while another process keeps one CPU busy. A fair scheduler then gives n threads on n
+    CPUs n * n / (n + 1) times the speed of one thread.
 processes
-    Calls a second of 1, 2 and 4 processes together, beside torch and ONNX Runtime.
+    Calls a second of 1, 2 and 4 processes together, and the ratio to one process; the same for
+    torch and ONNX Runtime.
 after
-    The time of a call right after other work of the same thread, against after itself. A "sweep"
-    reads 32 MB on the calling thread alone: what it costs is due to emptied caches.
+    Microseconds of a call right after other work of the same thread, and the ratio to a call after
+    another call. "sweep" reads 32 MB on the calling thread alone, so its ratio shows the cost of
+    emptied caches.
 small
-    Calls of microseconds, beside torch's on tensors.
+    Microseconds of calls with little work, and of torch's on the same tensors.
 
-All ratios are of medians of runs that take turns. What is not installed is left out.
+A figure is a median over rounds; each round runs all variants of a row one after another. Lower is
+better, except in "processes". Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -243,7 +246,44 @@ def small(rounds: int) -> None:
             print(f"    {name:<20}{median * 1e6:8.1f} us")
 
 
-SCENES = {f.__name__: f for f in (threads, busy, processes, after, small)}
+# --- A decoder in torch ---------------------------------------------------------------------------
+
+
+def decoder(rounds: int, layers: int = 30, keys: int = 512) -> None:
+    """A new token through layers as SmolLM2's, in torch, with torch's attention and with this."""
+    if not version("torch"):
+        print("torch is not installed")
+        return
+    import torch
+
+    torch.set_num_threads(CPUS)
+    sizes = {"qkv": (960, 576), "o": (576, 576), "up": (3072, 576), "down": (576, 1536)}
+    weights = [{n: torch.randn(s) * 0.02 for n, s in sizes.items()} for _ in range(layers)]
+    caches = [torch.randn(2, 1, 3, keys, 64) for _ in range(layers)]
+    linear, theirs = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+
+    def token(attend: Callable[..., Any]) -> None:
+        x = torch.ones(1, 576)
+        for weight, (k, v) in zip(weights, caches, strict=True):
+            q = linear(x, weight["qkv"])[:, :576].view(1, 9, 1, 64)
+            x = x + linear(attend(q, k, v).reshape(1, 576), weight["o"])
+            gate, up = linear(x, weight["up"]).chunk(2, dim=-1)
+            x = x + linear(torch.nn.functional.silu(gate) * up, weight["down"])
+
+    attends: dict[str, Callable[..., Any]] = {
+        "no attention": lambda q, k, v: q,
+        "torch": lambda q, k, v: theirs(q, k, v, enable_gqa=True),
+        "qkv_fast": lambda q, k, v: torch.from_numpy(sdpa(q, k, v, enable_gqa=True)),
+    }
+    with torch.inference_mode():
+        runs: dict[str, Run] = {n: lambda a=attend: token(a) for n, attend in attends.items()}
+        seconds = in_turns(runs, 2 * rounds, 10)
+    for name, median in seconds.items():
+        print(f"    {name:<14}{median * 1e3:7.2f} ms a token, attention "
+              f"{(median - seconds['no attention']) / layers * 1e6:6.1f} us a layer")  # fmt: skip
+
+
+SCENES = {f.__name__: f for f in (threads, busy, processes, after, small, decoder)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What masks and score modifiers cost beside a plain call, and what exclusion saves."""
+"""Time calls with masks and score modifiers, to compare with a plain call of the same shape."""
 
 from __future__ import annotations
 

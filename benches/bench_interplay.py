@@ -1,7 +1,7 @@
-"""A transformer layer's rhythm: a NumPy product, then attention, then a product again.
+"""Time attention and a NumPy product alone and alternating, as in the layers of a transformer.
 
-Threads that spin after their work take the CPUs from the next library's threads. The time of the
-pair should be near the sum of the two alone.
+Threads that spin after their work occupy CPUs that the next library's threads need. The time of
+the pair should be close to the sum of both times alone.
 """
 
 from __future__ import annotations

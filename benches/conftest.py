@@ -1,4 +1,4 @@
-"""Figures beside each benchmark: GFLOP/s, and the share of the multiply-add peak meanwhile."""
+"""Add to each benchmark its GFLOP/s and their share of the multiply-add peak of the same run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qkv_fast.bench.shapes import Shape
 
 @functools.cache
 def peak(threads: int, dtype: str) -> float:
-    """GFLOP/s of multiply-adds in registers; 0 without the native engine."""
+    """Return the GFLOP/s of multiply-adds in registers; 0 without the native engine."""
     return limits(dtype, threads)[0]
 
 
 @pytest.fixture
 def note(benchmark):
-    """Return a function that notes a shape's figures once the benchmark has run."""
+    """Return a function that writes a shape's figures into the finished benchmark."""
 
     def write(shape: Shape, choice: str, dtype: str) -> None:
         threads = qkv_fast.get_num_threads()

@@ -1,13 +1,14 @@
-"""Decoding: how much of the memory's speed it reaches, and that nothing beside it is slow.
+"""Time decoding: against the read bandwidth, over numbers of queries, packed, and in pages.
 
-``python benches/decode.py`` prints, in turns within one process and medians of rounds:
+``python benches/decode.py`` runs all variants in one process and prints medians over rounds:
 
-- for a new token of long sequences, its share of the speed of a plain read of the same keys and
-  values, with the caches emptied before each;
-- the time over 1 to 64 queries (``--plot FILE.svg`` draws it, ``--json FILE`` keeps it);
-- packed sequences of very uneven lengths against the same ones one by one, and the threads'
-  busy times;
-- pages, in order and scattered, against one piece.
+- bandwidth: one new token of long sequences, as a share of the speed of a plain read of the same
+  keys and values. The caches are emptied before each; a higher share is better.
+- queries: the largest rise in time for a query, from 1 to 64 queries. ``--plot FILE.svg`` draws
+  the time, ``--json FILE`` writes it.
+- packed: the time of packed sequences of very uneven lengths, relative to the same sequences one by
+  one, and the busy time of the least busy thread, relative to that of the busiest.
+- paged: the time with keys and values in pages, in order or scattered, relative to one piece.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Whether the kernels have become slower: ratios to NumPy of one run, held against saved ones.
+"""Check whether the kernels have become slower, by their speed relative to NumPy's.
 
     python benches/regression.py --save base.json       # on the commit to compare with
-    python benches/regression.py --compare base.json    # exit status 1 when something fell
+    python benches/regression.py --compare base.json    # exit status 1 if a figure fell
 
-Each round is a run of bench_attention.py by pytest-benchmark; of its JSON only ratios to NumPy in
-the same round are used, never times. A ratio's figure is the median over rounds, its spread
-half the range between quartiles. It has fallen when it is lower by more than 10 % and the
-larger of the two spreads. A benchmark that was saved and is missing now has fallen too.
+Each round is a run of bench_attention.py by pytest-benchmark. A figure is the median over rounds of
+the ratio of NumPy's time to the kernels' in the same round; its spread is half the range between
+quartiles. A figure has fallen when it is lower than the saved one by more than 10 % plus the
+larger of both spreads, or when its benchmark is missing.
 
-With --instructions, callgrind (valgrind must be installed) counts the instructions of a call
-at five small shapes instead: the same on a loaded machine; a rise by more than 2 % is a fall.
+With --instructions, valgrind's callgrind counts the instructions of a call at five small shapes
+instead, which other load does not change. Then a figure has fallen when it is lower by over 2 %.
 """
 
 from __future__ import annotations

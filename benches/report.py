@@ -1,7 +1,7 @@
-"""Figures of a comparison as pages: docs/benchmarks.md with plots, docs/decode.md.
+"""Write the figures of a comparison as a page: docs/benchmarks.md with plots, or docs/decode.md.
 
-``python -m qkv_fast bench --json run.json && python benches/report.py run.json``, and the same with
-``--shapes decode`` for the second page.
+``python -m qkv_fast bench --json run.json && python benches/report.py run.json`` writes the first
+page; ``--shapes decode`` for the bench makes it the second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-/* What waking, claiming and finishing cost: the figures of docs/threading.md.
+/* Measures what the thread pool costs: waking threads, claiming tasks, finishing a loop. The figures
+ * are in docs/threading.md.
  *
  *     gcc -O2 -std=gnu11 -Icsrc benches/thread_costs.c csrc/runtime/{job,openmp_team,thread_pool}.c \
  *         -pthread -ldl -o thread_costs && ./thread_costs

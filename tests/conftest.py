@@ -1,4 +1,4 @@
-"""Every test that takes `engine` runs on each engine, tile kind and ISA that is here."""
+"""Fixtures. A test that takes `engine` runs on each engine, tile kind and ISA of this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-if _loader.why_not_native():  # test_backend.py sees that warning, in processes of its own
+if _loader.why_not_native():  # test_backend.py checks that warning in child processes
     _dispatch._warned = True
 
 ALL = [_select.Choice("python")]
@@ -30,7 +30,7 @@ ALL += [_select.Choice("native", "blas", isa) for isa in _select.ISAS[1:]]
 
 
 def forced(choice: _select.Choice) -> bool:
-    """Whether the environment lets this choice be tested: a forced run tests only its own."""
+    """Return whether the environment allows this choice: a forced run tests that one only."""
     engine, tiles, isa = (os.environ.get(name) or "auto" for name in _select.VARIABLES)
     if choice.engine == "python":
         return engine == "python" or (engine, tiles, isa) == ("auto",) * 3
@@ -60,14 +60,14 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def native() -> None:
-    """For tests of what only the compiled engine has."""
+    """Skip the test where the native engine is missing or was not asked for."""
     if _loader.why_not_native() or _select.current().engine == "python":
         pytest.skip("no native engine, or the Python engine was asked for")
 
 
 @pytest.fixture
 def many_cpus() -> Iterator[None]:
-    """Let calls have up to 8 threads, however few CPUs there are."""
+    """Let calls use up to 8 threads on a machine with fewer CPUs too."""
     if _loader.why_not_native():
         yield
         return

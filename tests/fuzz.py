@@ -1,11 +1,11 @@
-"""Seeded cases that are run on every engine and judged by the oracle.
+"""Run seeded random cases on every engine, and judge the results by the oracle.
 
-Case n of seed s is always the same: `python tests/fuzz.py --seed s --case n` repeats it alone and
-prints what it is. `python tests/fuzz.py --seed s --cases 100000` runs that many. Cases run in child
-processes, so that a crash or a hang is reported with its number and the run goes on.
+`python tests/fuzz.py --seed s --cases 100000` runs cases 0 to 99999 of seed s. Case n of a seed is
+always the same: `--seed s --case n` runs it alone and prints its arguments. Cases run in child
+processes: after a crash or a hang the run reports the number of the case and continues.
 
 All arrays of a case lie in buffers of bytes (`Memory`), whose gaps hold NaN. After each call the
-buffers are compared with what they held before: only the elements of `out` may differ.
+buffers are compared with a copy: only the elements of `out` may differ.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ LENGTHS = (0, 1, 1, 2, 3, 5, *LANES, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 LONG = (2047, 2048, 2049, 2050, 2100, 4095, 4096, 4097, 4200, 6145)
 HEAD_SIZES = (1, 2, 3, 4, 5, *LANES, 63, 64, 65, 127, 128, 129, 257)
 PAIRED = ("auto", "avx512bf16", "amx")  # these round weights to bfloat16 too
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))  # for one case; beyond that it hangs
+# A case that takes longer is reported as a hang.
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 AGAIN = 75  # exit status of a child that wants the next case to run in a new one
 GAP = 0xFF  # a byte of NaN in every floating type
 TINIEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
@@ -57,7 +58,7 @@ ULP = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16"
 
 
 class Draw:
-    """Decisions from one generator. They come in blocks: a single draw takes microseconds."""
+    """Decisions from one generator, drawn in blocks: a draw of one number takes microseconds."""
 
     def __init__(self, seed: int, number: int) -> None:
         self.rng = np.random.default_rng([seed, number])
@@ -86,7 +87,7 @@ class Draw:
 
 
 class Memory:
-    """A buffer of bytes, and what it held when the case was complete."""
+    """A buffer of bytes, and a copy of it from before the first call."""
 
     def __init__(self, size: int) -> None:
         self.bytes = np.full(size, GAP, np.uint8)
@@ -99,7 +100,7 @@ class Memory:
         self.bytes[:] = np.frombuffer(self.before, np.uint8)
 
     def changed(self, allowed: Array | None = None) -> bool:
-        """Whether bytes have changed, of those that are not allowed to."""
+        """Return whether bytes other than the allowed ones have changed."""
         if allowed is None:
             return self.bytes.tobytes() != self.before
         return bool(((self.bytes != np.frombuffer(self.before, np.uint8)) & ~allowed).any())
@@ -118,7 +119,7 @@ def layout(
     repeated: Sequence[int] = (),
     plain: float = 0.4,
 ) -> tuple[list[int], int, int]:
-    """Return strides, the byte of the first element, and the bytes in all."""
+    """Return strides, the offset of the first element, and the size, all in bytes."""
     axes = len(shape)
     order, steps, start = list(range(axes)), [1] * axes, 0
     if not draw.chance(plain):
@@ -182,7 +183,7 @@ def place(
 
 
 def encode(x: Array, name: str) -> Array:
-    """Round float64 to an element type; bfloat16 is uint16. Repeated axes stay so."""
+    """Round float64 to an element type (bfloat16 as uint16). Axes of stride 0 keep it."""
     repeated = [s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True)]
     if any(repeated) and x.size:
         once = tuple(slice(0, 1) if r else slice(None) for r in repeated)
@@ -211,7 +212,7 @@ def quantize(x: Array) -> tuple[Array, Array]:
     return np.clip(np.rint(x / safe), -127, 127).astype(np.int8), scales
 
 
-# --- The truth, and how far from it an answer may be ---------------------------------------------
+# --- The exact result, and the tolerance ----------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -222,7 +223,8 @@ class Truth:
     key: Array
     value: Array
     options: Options
-    take: Callable[[Array], Array] = lambda x: x  # from the dense result, or lse, to the call's
+    # Makes the call's result, or lse, of the dense one.
+    take: Callable[[Array], Array] = lambda x: x
     _exact: tuple[Array, Array] | None = None
     _floor: tuple[Array, Array] | None = None
 
@@ -238,9 +240,9 @@ class Truth:
         return self.take(out), self.take(lse)
 
     def lost_infinities(self, wide: bool) -> Array:
-        """Return where an infinite value has a weight that this precision may take for 0.
+        """Return where an infinite value has a weight that this precision may round to 0.
 
-        Engines take weights below the smallest normal number for 0, which times infinity is NaN.
+        Engines round weights below the smallest normal number to 0, and 0 times infinity is NaN.
         """
         length = self.key.shape[-2]
         value = np.broadcast_to(np.eye(length), (*self.value.shape[:-1], length))
@@ -255,11 +257,11 @@ class Truth:
     def sizes(self) -> tuple[Array, Array]:
         """Return bounds of each row's scores, and of the values that it may see.
 
-        An error of e in a score is one of e, relative to it, in a weight. A score is no more exact
-        than the last place of the numbers that it is summed up from: at most |q| |k| * scale, and
-        what mask and ALiBi add; a softcap makes an infinite score as large as the cap. A row's
-        error is then bounded by that of its weights times the largest value, however small the
-        result itself is by cancellation.
+        An error of e in a score is a relative error of e in a weight. A score is no more exact than
+        the last place of its summands: those are at most |q| |k| * scale, and what the mask and
+        ALiBi add; softcap limits an infinite score to the cap. The relative error of its weights
+        times the largest value bounds the error of a row, also where its result is small by
+        cancellation.
         """
         if self._floor is not None:
             return self._floor
@@ -296,15 +298,27 @@ class Truth:
         self._floor = both[0], both[1]
         return self._floor
 
+    def bias(self) -> float:
+        """Return the units in the last place by which sums of equal products may be off.
+
+        Where all elements of a query are equal, and all of a key, each of the D additions of their
+        product rounds a partial sum, of half the product on average, in the same direction.
+        """
+        if self.query.size == 0 or self.key.size == 0:
+            return 0.0
+        with np.errstate(all="ignore"):
+            constant = (np.ptp(x, axis=-1) == 0 for x in (self.query, self.key))
+            return self.query.shape[-1] / 4 if all(x.any() for x in constant) else 0.0
+
 
 def judge(truth: Truth, out: Array, name: str, wide: bool, paired: bool) -> str:
     """Return what is wrong with a result (float64, but of type `name`), or an empty string.
 
-    An error is accepted within a floor, or within it and twice that of the plain computation (which
-    is only computed where the floor does not suffice). The floor is of each element: a unit in the
-    last place of the result itself, for its rounding; and of the largest value that the row may
-    see, some units of the precision that is computed with (16 for sums, 4 for each unit that the
-    score is large). The oracle is float64 too, so there both are several times as many.
+    An error may be as large as a floor, plus twice the error of the plain computation, which is
+    computed only where the floor does not suffice. The floor of an element is a unit in the last
+    place of the result, for its rounding, plus a number of units of the computing precision,
+    relative to the largest value that the row may see: 16, and 4 times the bound of the scores.
+    For float64 it is 64, and 8 times the bound: the oracle is no more exact.
     """
     exact, _ = truth.exact()
     if out.shape != exact.shape:
@@ -314,7 +328,7 @@ def judge(truth: Truth, out: Array, name: str, wide: bool, paired: bool) -> str:
         odd = ~np.isfinite(rounded)
         wrong = odd & ~((out == rounded) | (np.isnan(out) & np.isnan(rounded)))
         wrong |= ~odd & ~np.isfinite(out)
-        if wrong.any():  # a weight of inf may be 0 in this precision, and the product NaN
+        if wrong.any():  # the weight of an infinite value may be 0 in this precision: NaN
             plain, _ = truth.plain(np.float64 if wide else np.float32)
             wrong &= ~((out == plain) | (np.isnan(out) & np.isnan(plain)))
             odd |= ~np.isfinite(out)
@@ -324,7 +338,7 @@ def judge(truth: Truth, out: Array, name: str, wide: bool, paired: bool) -> str:
             return "not finite where the formula is, or not so: " + first(wrong, out, rounded)
         scores, largest = truth.sizes()
         eps = 2.0**-52 if wide else 2.0**-23
-        relative = eps * ((64 if wide else 16) + (8 if wide else 4) * scores)
+        relative = eps * ((64 if wide else 16) + ((8 if wide else 4) + truth.bias()) * scores)
         if paired and name == "bfloat16":
             relative = relative + 2.0**-8
         floor = (relative * largest)[..., np.newaxis] + ULP[name] * np.abs(rounded)
@@ -356,10 +370,16 @@ def judge_lse(truth: Truth, lse: Array, wide: bool, paired: bool) -> str:
         wrong = odd & ~((lse == exact) | (np.isnan(lse) & np.isnan(exact)))
         scores, _ = truth.sizes()
         eps = 2.0**-52 if wide else 2.0**-23
-        floor = eps * ((64 if wide else 16) + 8 * scores + 2 * np.abs(exact))
+        floor = eps * ((64 if wide else 16) + (8 + truth.bias()) * scores + 2 * np.abs(exact))
         if paired:
             floor = floor + 2.0**-8
-        wrong |= ~odd & ~(np.abs(lse - exact) <= floor)
+        error = np.abs(lse - exact)
+        wrong |= ~odd & ~(error <= floor)
+        if wrong.any():
+            _, plain = truth.plain(np.float64 if wide else np.float32)
+            off = np.abs(plain.astype(np.float64) - exact)
+            off = np.max(off, where=np.isfinite(off) & ~odd, initial=0.0)
+            wrong &= odd | ~(error <= 2 * off + floor)
         return "lse: " + first(wrong, lse, exact) if wrong.any() else ""
 
 
@@ -388,13 +408,13 @@ class Case:
     arguments: Options
     memories: list[Memory]
     dtype: str = "float32"  # of the result
-    wide: bool = False  # whether float64 is computed with
+    wide: bool = False  # whether engines compute it in float64
     truth: Truth | None = None  # None: the call must be refused
     note: str = ""
     out: Placed | None = None
     allowed: Array | None = None  # bytes of out's memory that the call may change
     threads: int = 2
-    target: Callable[..., Any] | None = None  # instead of the public function
+    target: Callable[..., Any] | None = None  # called instead of the public function
 
     def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
         for memory in self.memories:
@@ -465,7 +485,7 @@ class Case:
             if trouble or what:
                 yield Difference(what or trouble, label(choice), self.note)
                 if what:
-                    return  # refusals stand before the engines: it is the same for all
+                    return  # no engine takes part in refusals: the others would do the same
         if len(set(raised.values())) > 1:
             yield Difference("exceptions differ", "all", f"{raised} {self.note}")
 
@@ -516,7 +536,7 @@ def label(choice: _select.Choice) -> str:
 
 
 def all_choices() -> list[_select.Choice]:
-    """Return each engine, tile kind and ISA that is here, and what is chosen when nobody asks."""
+    """Return each engine, tile kind and ISA of this machine, and the default choice."""
     choices = _select.available("bfloat16")
     if len(choices) > 1:
         choices.append(_select.Choice("native", "auto", "auto"))
@@ -524,7 +544,7 @@ def all_choices() -> list[_select.Choice]:
 
 
 def suited(choices: Sequence[_select.Choice], dtype: str, wide: bool) -> list[_select.Choice]:
-    """Leave out what is the same as another for a dtype; "auto" is of its own for float64 only."""
+    """Leave out choices that equal another for this dtype; "auto" differs for float64 only."""
     some = [c for c in choices if c.tiles != "auto" or wide or len(choices) == 1]
     if dtype != "bfloat16":
         some = [c for c in some if c.isa not in PAIRED[1:]] or some
@@ -532,7 +552,7 @@ def suited(choices: Sequence[_select.Choice], dtype: str, wide: bool) -> list[_s
 
 
 class Sizes:
-    """Axis lengths of a case, cut down until the work fits a budget."""
+    """Axis lengths of a case, shortened until the work is within a budget."""
 
     def __init__(self, draw: Draw) -> None:
         kind = draw.uniform()
@@ -589,7 +609,7 @@ MAGNITUDES = (1.0, 1.0, 1.0, 1.0, 1.0, 0.01, 4.0, 30.0, 1e-4, 0.0)
 
 
 def numbers(draw: Draw, shape: Sequence[int], repeat: float = 0.06) -> Array:
-    """Return float64 numbers, at times with axes of stride 0."""
+    """Return float64 numbers, in some cases with axes of stride 0."""
     once = list(shape)
     if shape and draw.chance(repeat):
         once[draw.whole(0, len(once) - 1)] = 1
@@ -613,7 +633,7 @@ def spoil(draw: Draw, x: Array) -> Array:
 
 
 def as_ints(draw: Draw, memories: list[Memory], x: Array, unsigned: bool = True) -> Any:
-    """Give ints as an int, a list or some array."""
+    """Return ints as an int, a list or an array of some dtype."""
     x = np.asarray(x)
     if x.ndim == 0 and draw.chance(0.8):
         return draw.pick((int, np.int64))(int(x))
@@ -627,7 +647,7 @@ def as_ints(draw: Draw, memories: list[Memory], x: Array, unsigned: bool = True)
 
 
 def add_out(draw: Draw, case: Case, shape: tuple[int, ...], bits: bool, query: Placed) -> None:
-    """Choose where the answer goes: nowhere, to new memory, to the query, or over an input."""
+    """Choose `out`: none, new memory, the query, or an overlap with an input."""
     raw = np.dtype(RAW[case.dtype])
     how = draw.uniform()
     if how < 0.5:
@@ -669,7 +689,7 @@ def add_modifiers(
     default_offset: Any,
     offset_in_call: bool = True,
 ) -> None:
-    """Draw what scores and visibility depend on, for the call and for the oracle."""
+    """Draw positions and score modifiers, for the call and for the oracle."""
     given, memories = case.arguments, case.memories
     q_len, kv_len, heads = sizes.q_len, sizes.kv_len, sizes.heads
     if draw.chance(0.35):
@@ -766,7 +786,7 @@ def add_mask(
 def add_tensors(
     draw: Draw, case: Case, tensors: dict[str, Array], names: dict[str, str], bits: bool
 ) -> dict[str, Placed]:
-    """Place raw tensors, at times several of them in one, side by side on the last axis."""
+    """Place raw tensors in memory, in some cases several side by side in one array's last axis."""
     placed: dict[str, Placed] = {}
     rest = dict(tensors)
     room = draw.pick((0, 0, 0, 200, 2000, 20000))
@@ -921,7 +941,7 @@ def draw_varlen(draw: Draw) -> Case:
 
 
 def spread(lengths: Array) -> tuple[Array, Array]:
-    """Return of each packed token its sequence and its place there."""
+    """Return the sequence of each packed token and its place there."""
     row = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
     return row, np.arange(len(row)) - starts[row]
@@ -963,7 +983,7 @@ def draw_paged(draw: Draw) -> Case:
     if draw.chance(0.05):
         part = draw.pick(("query", "key", "value"))
         x[part] = spoil(draw, x[part])
-    live = np.zeros((pages, size), bool)  # rows that some sequence has
+    live = np.zeros((pages, size), bool)  # rows that a sequence uses
     token_row, token = spread(lengths)
     where = table[token_row, token // size], token % size
     live[where] = True
@@ -1010,7 +1030,7 @@ def draw_paged(draw: Draw) -> Case:
 
 
 class MergeCase:
-    """merge_attention of random parts; it has no engine."""
+    """A call of merge_attention, which no engine takes part in."""
 
     def __init__(self, draw: Draw) -> None:
         name = self.name = draw.pick(FLOATS)
@@ -1082,11 +1102,11 @@ class MergeCase:
         return "\n".join(lines)
 
 
-# --- The cache: a walk beside a plain model -------------------------------------------------------
+# --- The cache and its model ----------------------------------------------------------------------
 
 
 class CacheWalk:
-    """Random operations on a KVCache, and on a model: rows of each sequence in float64."""
+    """Random operations on a KVCache and on its model, the rows of each sequence in float64."""
 
     function = "KVCache"
 
@@ -1153,7 +1173,7 @@ class CacheWalk:
             for what, where, detail in found or ():
                 yield Difference(what, where, f"step {number}, {self.last()}: {detail}")
             if found:
-                return  # what follows would only repeat it
+                return  # later steps would report the same
             if self.cache.lengths.tolist() != [self.length(i) for i in range(self.batch)]:
                 yield Difference("lengths", "all", f"step {number}, {self.last()}")
                 return
@@ -1170,7 +1190,7 @@ class CacheWalk:
                 c.value_pages.tobytes())  # fmt: skip
 
     def refusal(self, step: Callable[[], Any], kinds: Any) -> list[Difference]:
-        """Run what must raise one of these kinds, and change nothing."""
+        """Run a step that must raise one of these kinds and change nothing."""
         before = self.state()
         try:
             with warnings.catch_warnings():
@@ -1187,7 +1207,7 @@ class CacheWalk:
         return self.draw.order(self.batch)[: self.draw.whole(1, self.batch)]
 
     def new_rows(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """Return raw rows of a random type, and what the cache makes of them in float64."""
+        """Return raw rows of a random type, and in float64 what the cache stores of them."""
         name = self.draw.pick(FLOATS)
         raw = encode(numbers(self.draw, shape), name)
         real = decode(raw, name)
@@ -1291,7 +1311,7 @@ class CacheWalk:
         return None
 
     def hidden(self, i: int, position: int, length: int) -> bool:
-        """Whether a query from a position on would see blocks that were given back."""
+        """Return whether a query from a position on would see blocks that were given back."""
         if self.window is None:
             return False
         block = max(0, position - self.window) // self.size
@@ -1382,7 +1402,7 @@ class CacheWalk:
         return found
 
     def wrong(self) -> list[Difference]:
-        """Call with an argument that is none."""
+        """Call a method with an invalid argument."""
         draw, c, b = self.draw, self.cache, self.batch
         k, v = np.ones((b, self.heads, 1, self.d), "f4"), np.ones((b, self.heads, 1, self.dv), "f4")
         q = np.ones((b, self.heads, 1, self.d), "f4")
@@ -1451,7 +1471,7 @@ def raw_view(x: Array) -> Array:
     return x if x.dtype.kind != "V" else x.view(np.uint16)
 
 
-# --- Arguments that are none ----------------------------------------------------------------------
+# --- Invalid arguments ----------------------------------------------------------------------------
 
 NOT_INTS = (1.5, math.nan, "1", 1j, [1.5], {})
 NOT_FLAGS = (1, 0, "yes", None, np.ones(2, bool), 1.0)
@@ -1459,7 +1479,7 @@ BEYOND = (2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**70, -(2**62), -(2**63), 
 
 
 def beyond(draw: Draw, shape: tuple[int, ...]) -> Any:
-    """Return ints of which one is far out of range, in every form that holds it."""
+    """Return ints, one of them far out of range, as an int, a list or an array."""
     value = draw.pick(BEYOND)
     if draw.chance(0.4):
         return value
@@ -1474,7 +1494,7 @@ def beyond(draw: Draw, shape: tuple[int, ...]) -> Any:
 
 
 def wrong_modifiers(draw: Draw, case: Case, heads: int, batch: tuple[int, ...]) -> Options:
-    """Return for each argument that the functions share a value that each must refuse."""
+    """Return an invalid value for each argument that the functions share."""
     pick = draw.pick
     shape = case.arguments["query"].shape
     result = (*shape[:-1], case.arguments["value_pages" if case.function == "paged_attention"
@@ -1509,7 +1529,7 @@ def wrong_modifiers(draw: Draw, case: Case, heads: int, batch: tuple[int, ...]) 
 
 
 def wrong_tensors(draw: Draw, case: Case, names: Sequence[str]) -> Options:
-    """Return for each tensor one of another type or shape."""
+    """Return for each tensor an invalid one, of another type or shape."""
     wrong = {}
     for name in names:
         x = np.array(case.arguments[name])
@@ -1521,7 +1541,7 @@ def wrong_tensors(draw: Draw, case: Case, names: Sequence[str]) -> Options:
             np.concatenate([x] * 2, -1), np.zeros(x.shape, [("a", "f4")]), np.zeros(x.shape, "U3"),
         ]  # fmt: skip
         if not name.endswith("_pages"):
-            if case.function != "paged_attention":  # whose query may be of any dtype
+            if case.function != "paged_attention":  # paged_attention takes a query of any dtype
                 choices.append(x.astype(other))
             if len(x) > 1:  # one batch entry broadcasts
                 choices.append(np.concatenate([x] * 7)[: 5 * len(x) + 2])
@@ -1534,7 +1554,7 @@ def wrong_tensors(draw: Draw, case: Case, names: Sequence[str]) -> Options:
 
 
 def draw_refused(draw: Draw) -> Case:
-    """Return a valid call in which one argument is wrong."""
+    """Return a call in which one argument is invalid."""
     s = Sizes(draw)
     s.batch, s.long = draw.pick(((1,), (2,), (2, 3))), False
     s.kv_heads, s.group = draw.pick((1, 2)), draw.pick((1, 2))
@@ -1600,7 +1620,7 @@ def draw_refused(draw: Draw) -> Case:
     else:
         table = given["block_table"]
         off = np.array(table)
-        # Key 0 is always in sight: no window, no is_causal, and offsets of at least 0.
+        # Queries see key 0: the call has no window and no is_causal, and offsets of at least 0.
         off[draw.whole(0, b - 1), 0] = draw.pick((-1, pages, 2**31, 2**32, 2**62, -(2**63)))
         wide = table.astype(np.uint64)
         wide[0, 0] = draw.pick((2**63, 2**64 - 1, 2**63 + 1, pages))
@@ -1614,7 +1634,7 @@ def draw_refused(draw: Draw) -> Case:
         wrong["attn_mask"] = draw.pick((np.ones((2 * size + 2,), bool), np.ones(mask, int), "x"))
         wrong["key_scales"] = np.ones((pages, s.kv_heads, size), "f4")
         wrong["value_scales"] = draw.pick((np.ones(3), "x", 1.0))
-    # The shape of the problem is more often wrong than what modifies it.
+    # Arguments that give the shape are drawn more often than modifiers.
     ours = [name for name in wrong if name in ("cu_seqlens_q", "cu_seqlens_k", "block_table")]
     argument = draw.pick(ours if ours and draw.chance(0.35) else list(wrong))
     given[argument] = wrong[argument]
@@ -1625,7 +1645,7 @@ def draw_refused(draw: Draw) -> Case:
 
 
 def wrong_starts(draw: Draw, cu: Array) -> Any:
-    """Return cumulative lengths that are none."""
+    """Return invalid cumulative lengths."""
     total, at = int(cu[-1]), draw.whole(0, len(cu) - 1)
     kind = draw.whole(0, 8)
     if kind == 0:
@@ -1639,7 +1659,7 @@ def wrong_starts(draw: Draw, cu: Array) -> Any:
         return [*cu.tolist(), total + 1]
     if kind == 4:
         return [*cu.tolist()[:-1], total + draw.pick((-1, 1, 2**32, 2**62))]
-    # A sum of lengths that wraps around, or one step that falls.
+    # A sum of lengths that wraps around, or a negative length.
     middle = draw.pick((total + 1, 2**31, 2**32, 2**62, 2**63 - 1, -1, -(2**62), -(2**63), 2**63,
                         2**64 - 1, 2**63 + 5))  # fmt: skip
     starts = cu.tolist()
@@ -1690,7 +1710,7 @@ def refused_cache(draw: Draw) -> Case:
     if name in ("batch", "window", "num_pages") and size == 0:
         size = -1
     if name in ("window", "page_size") and huge(size):
-        size = -1  # as good as none
+        size = -1  # these accept any size
     if name == "capacity" and huge(size):
         given["page_size"] = draw.pick((1, 7, 64))
     if name == "num_pages":
@@ -1751,13 +1771,13 @@ def make(seed: int, number: int) -> Any:
 def differences(
     seed: int, number: int, choices: Sequence[_select.Choice]
 ) -> tuple[Any, list[Difference]]:
-    """Run one case; return it with what was found."""
+    """Run one case; return it and its differences."""
     case = make(seed, number)
     return case, list(case.run(choices))
 
 
 def by_kind(case: Any, found: list[Difference], choices: int) -> dict[str, str]:
-    """Return details by kind: what went wrong in which function, on which engines; no numbers."""
+    """Return details by kind: the difference, function and engines, without numbers."""
     where: dict[str, list[Difference]] = collections.defaultdict(list)
     about = ""
     if getattr(case, "truth", True) is None:
@@ -1779,7 +1799,7 @@ def by_kind(case: Any, found: list[Difference], choices: int) -> dict[str, str]:
 
 
 def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
-    """Run cases one after another; write each number to a file first, each finding as JSON."""
+    """Run cases; write each number to a file before the case, and print differences as JSON."""
     faulthandler.enable()
     use_many_threads()
     if hasattr(signal, "SIGALRM"):
@@ -1795,7 +1815,7 @@ def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
                     suited(choices, getattr(case, "dtype", ""), getattr(case, "wide", False))
                 )
                 facts = list(by_kind(case, found, number_of).items())
-            except Exception as error:  # of the fuzz itself
+            except Exception as error:  # an error in this file
                 trace = error.__traceback__
                 while trace is not None and trace.tb_next is not None:
                     trace = trace.tb_next
@@ -1804,14 +1824,14 @@ def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
             for kind, detail in facts:
                 print(json.dumps([number, kind, detail]), flush=True)
             if any(kind.startswith("not refused") for kind, _ in facts):
-                os._exit(AGAIN)  # what ran on garbage may have written anywhere
+                os._exit(AGAIN)  # a call with invalid arguments may have overwritten any memory
     return 0
 
 
 def run_chunk(
     arguments: argparse.Namespace, begin: int, end: int
 ) -> Iterator[tuple[int, str, str]]:
-    """Run cases in child processes, a new one behind each that crashes."""
+    """Run cases in child processes; start a new one after a crash."""
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "number"
         while begin < end:
@@ -1825,7 +1845,7 @@ def run_chunk(
                 number, kind, detail = json.loads(line)
                 yield number, kind, detail
             for line in dict.fromkeys(done.stderr.splitlines()):
-                if "runtime error:" in line:  # UBSan went on
+                if "runtime error:" in line:  # UBSan reported and continued
                     yield begin, f"in this chunk:{crash_site(line)}", excerpt(done.stderr, line)
             if done.returncode == 0:
                 return
@@ -1843,7 +1863,7 @@ def run_chunk(
 
 
 def crash_site(text: str) -> str:
-    """Return the line of a sanitizer's report that says what it was, without addresses."""
+    """Return the line of a sanitizer's report that names the error, without addresses."""
     lines = text.splitlines()
     fatal = [line for line in lines if "ERROR: AddressSanitizer" in line]
     for line in fatal or [line for line in lines if "runtime error:" in line][-1:]:
@@ -1853,14 +1873,14 @@ def crash_site(text: str) -> str:
 
 
 def excerpt(text: str, mark: str = "ERROR: AddressSanitizer", count: int = 12) -> str:
-    """Return some lines from the one with this mark on, or the last ones."""
+    """Return lines from the one that has the mark on, or the last lines."""
     lines = text.splitlines()
     begin = next((i for i, line in enumerate(lines) if mark in line), max(0, len(lines) - count))
     return "\n        ".join(line[:160] for line in lines[begin : begin + count])
 
 
 def run_all(arguments: argparse.Namespace) -> int:
-    """Run all cases; print what differs, by kind; return the exit status."""
+    """Run all cases; print the differences by kind; return the exit status."""
     kinds: dict[str, list[int]] = collections.defaultdict(list)
     start, done, last = time.perf_counter(), 0, 0.0
     end = arguments.first + arguments.cases
@@ -1895,7 +1915,7 @@ def again(arguments: argparse.Namespace, number: int) -> str:
 
 
 def use_many_threads() -> None:
-    """Let calls have 4 threads on a machine with fewer CPUs too."""
+    """Let calls use 4 threads on a machine with fewer CPUs too."""
     native = _loader.load_native()
     if native is not None:
         native.assume_cpus(4)

@@ -1,13 +1,20 @@
-"""Inputs for the tests."""
+"""What several test files use: inputs, comparisons, child processes, switches of the shortcut."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+
+import qkv_fast
+from qkv_fast import _dispatch, _loader
 
 sdpa_shapes = {
     "one": (1, 1, 1, 1, 1, 1, 1),  # B, Hq, Hkv, Lq, Lk, D, Dv
@@ -35,7 +42,7 @@ def make(
 
 
 def assert_same(first: Any, second: Any) -> None:
-    """Check that two answers agree in bits, element type, layout, flags and number."""
+    """Check that two results agree in bits, dtype, strides and flags, and are as many arrays."""
     assert type(first) is type(second)
     if isinstance(first, tuple):
         assert len(first) == len(second)
@@ -52,7 +59,7 @@ def assert_same(first: Any, second: Any) -> None:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, with nothing of ours in the environment but what is given."""
+    """Run code in a new interpreter, with no QKV_*, OMP_* or GOMP_* variables but those given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("QKV_", "OMP_", "GOMP_"))}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -62,3 +69,45 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         timeout=120,
         check=False,
     )
+
+
+@contextlib.contextmanager
+def connected(runners: Any, thread_count: Any = _dispatch.get_num_threads) -> Iterator[None]:
+    """Give the shortcut these runners; without runners it leaves all calls to the stages."""
+    if not _loader.why_not_native():
+        one = np.ones((1, 1, 1), np.float32)
+        qkv_fast.scaled_dot_product_attention(one, one, one)  # the first call connects the shortcut
+        native = _loader.native_module()
+        native.connect(_dispatch.requested, runners, thread_count)
+    try:
+        yield
+    finally:
+        if not _loader.why_not_native():
+            native.connect(_dispatch.requested, _dispatch._runners, _dispatch.get_num_threads)
+
+
+def without_shortcut() -> contextlib.AbstractContextManager[None]:
+    """Send all calls through the stages."""
+    return connected({})
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[bool]]:
+    """Yield a list that gets an entry for each call: whether the shortcut computed it."""
+    with connected(_dispatch._runners):
+        pass
+    taken: list[bool] = []
+    shortcuts = _dispatch.shortcuts
+
+    def counting(name: str) -> Any:
+        def count(*arguments: Any) -> Any:
+            answer = getattr(shortcuts, name)(*arguments)
+            taken.append(answer is not None)
+            return answer
+
+        return count
+
+    names = ("attend", "attend_pages", "attend_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dispatch, "shortcuts", SimpleNamespace(**{n: counting(n) for n in names}))
+        yield taken

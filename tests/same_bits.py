@@ -1,12 +1,12 @@
-"""Whether a change to the code changes a bit of any answer: for changes that must not.
+"""Check that a change to the code changes no bit of any result.
 
-    python tests/same_bits.py --save before.json        # with the code as it was
-    python tests/same_bits.py --compare before.json     # as it is; exit status 1 if bits differ
+    python tests/same_bits.py --save before.json        # on the commit before the change
+    python tests/same_bits.py --compare before.json     # after it; exit status 1 if bits differ
 
-The calls are those of cases of tests/fuzz.py: every public function, element type, modifier, mask
-and layout, each on every engine, tile kind and ISA of this machine, with one thread and with more.
-What is saved is a hash of all answers of a case. Both runs belong on one machine: an answer's bits
-depend on the kernels that the CPU has, on NumPy and on its BLAS.
+It runs cases of tests/fuzz.py: every public function, element type, modifier, mask and layout, on
+every engine, tile kind and ISA of this machine, with one thread and with more. The file holds a
+hash of the results of each case. Make both runs on one machine: the bits depend on the kernels
+that its CPU can run, on NumPy and on BLAS.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Run a share of the fuzz on an engine that is built with AddressSanitizer and UBSan.
+# Build the engine with AddressSanitizer and UBSan, and run cases of tests/fuzz.py on it.
 #
 #   tests/sanitize.sh [FOLDER [arguments of tests/fuzz.py]]
 #   tests/sanitize.sh                                      500 cases, in a new temporary folder
 #   tests/sanitize.sh /tmp/san --seed 3 --cases 5000       in this folder
 #   tests/sanitize.sh /tmp/san --seed 3 --case 17          one case, with the whole report
 #
-# The tree is copied to FOLDER and built there (gcc, some minutes); a FOLDER that has a built engine
-# is used again as it is, so remove it when sources have changed. PYTHON names the interpreter.
-# Undefined behaviour ends the process, and so does a bad access: the fuzz reports either with the
-# number of its case and goes on in a new process. With KEEP_GOING=1, undefined behaviour is reported
-# once for each place and 1000 cases, and the process carries on.
+# It copies the tree to FOLDER and builds it there with gcc, which takes minutes. A FOLDER that has a
+# built engine is used as it is: remove it when sources have changed. PYTHON names the interpreter.
+# Undefined behaviour and bad accesses end the process. The fuzz reports them with the number of the
+# case and continues in a new process. With KEEP_GOING=1, undefined behaviour is reported once for
+# each place in 1000 cases, and the process continues.
 set -eu
 
 python=${PYTHON:-python}

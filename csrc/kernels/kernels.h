@@ -34,8 +34,8 @@
 #define QKV_KEY_RUN 16       /* keys of a run: decode kernels want them `k_stride` bytes apart */
 #define QKV_KEY_RUNS_AHEAD 4 /* addresses behind those of a block's runs, to prefetch from */
 
-/* Declares a struct. dispatch.c also keeps the text, from which tests/tile_tables.py reads the
- * fields that the library was built with. */
+/* Declares a struct. dispatch.c also keeps the text, from which tests/kernels/tile_tables.py reads
+ * the fields that the library was built with. */
 #ifndef QKV_STRUCT
 #define QKV_STRUCT(name, ...) typedef struct {__VA_ARGS__} name
 #endif
@@ -170,7 +170,7 @@ QKV_STRUCT(qkv_tile_kernels,
 );
 
 #if defined(__GNUC__)
-#define QKV_EXPORT __attribute__((visibility("default"))) /* for tests/tile_tables.py */
+#define QKV_EXPORT __attribute__((visibility("default"))) /* for tests/kernels/tile_tables.py */
 #else
 #define QKV_EXPORT
 #endif

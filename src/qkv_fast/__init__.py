@@ -12,6 +12,8 @@ The others, by task:
         paged_attention      keys and values spread over pages
     a decoder's keys and values, token by token
         KVCache              stores them, grows, forks and truncates them, and attends to them
+    what a head looks at
+        attention_weights    the weights and scores themselves, of all rows or of some
     keys in several parts
         merge_attention      combines the results over the parts into that over all keys
     settings
@@ -31,11 +33,13 @@ from ._paged import paged_attention
 from ._select import available_backends, backend
 from ._threads import get_num_threads, set_num_threads, threads
 from ._varlen import varlen_attention
+from ._weights import attention_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KVCache",
+    "attention_weights",
     "available_backends",
     "backend",
     "get_num_threads",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +15,29 @@ from ._threads import get_num_threads
 
 __all__ = ["notify_call_start", "solve"]
 
-_Runner = Callable[[Problem], None]
+
+class _Runner(Protocol):
+    """Computes a Problem: attention or, by `weights`, what the Problem's `stage` names."""
+
+    def __call__(self, problem: Problem) -> None: ...
+
+    def weights(self, problem: Problem) -> None: ...
+
+
+class _PythonRunner:
+    """Run the Python engine."""
+
+    def __call__(self, problem: Problem) -> None:
+        from ._python_engine import run
+
+        run(problem)
+
+    def weights(self, problem: Problem) -> None:
+        from ._python_weights import run
+
+        run(problem)
+
+
 _runners: dict[tuple[Request | None, int], _Runner] = {}
 _warned = False
 
@@ -40,7 +61,10 @@ def solve(p: Problem) -> Array | tuple[Array, Array]:
     runner = _runners.get(key)
     if runner is None:
         runner = _runners[key] = _runner(*key)
-    runner(p)
+    if p.stage:
+        runner.weights(p)
+    else:
+        runner(p)
     if p.target is not None:
         assert p.temporary is not None
         np.copyto(p.target, p.temporary)
@@ -53,10 +77,8 @@ def _runner(request: Request | None, code: int) -> _Runner:
     global shortcuts
     choice = resolve(request, code)
     if choice.engine == "python":
-        from ._python_engine import run
-
         _warn_without_native(request)
-        return run
+        return _PythonRunner()
     native = native_module()
     if shortcuts is _NoShortcuts:
         native.connect(requested, _runners, get_num_threads)

@@ -78,11 +78,11 @@ class Entry(NamedTuple):
     slopes: Array | None  # (Hq,)
     out: Array  # (Hq, q_len, Dv)
     lse: Array | None
-    offset: int  # the first query's position
+    positions: Array  # of the queries, (q_len,)
     kv_len: int  # its keys
 
 
-def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
+def batch_entry(p: Problem, index: tuple[int, ...]) -> Entry:
     def of_entry(array: Array | None, starts: Array | None = None, count: int = 0) -> Any:
         """Return a batch entry's rows: of packed sequences, `count` from its start on."""
         if array is None or starts is None:
@@ -93,6 +93,7 @@ def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
     kv_len = p.kv_len if p.key_lengths is None else int(p.key_lengths[index])
     out = p.out.view(np.uint16) if p.out_code == BFLOAT16 else p.out
     pages = None if p.block_table is None else p.block_table[index]
+    offset = 0 if p.query_offset is None else int(p.query_offset[index])
 
     def rows(array: Array, scales: Array | None, code: int) -> Rows:
         if pages is None:
@@ -107,13 +108,13 @@ def _entry(p: Problem, index: tuple[int, ...]) -> Entry:
         of_entry(p.alibi_slopes),
         of_entry(out, p.query_starts, q_len),
         of_entry(p.lse, p.query_starts, q_len),
-        0 if p.query_offset is None else int(p.query_offset[index]),
+        np.arange(offset, offset + q_len),
         kv_len,
     )
 
 
 def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
-    entry = _entry(p, index)
+    entry = batch_entry(p, index)
     num_heads, q_len, _ = entry.query.shape
     num_kv_heads, kv_len = p.key.shape[-3], entry.kv_len
     if num_heads == 0:
@@ -131,10 +132,10 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
     """Compute rows of the query heads of some key heads."""
     real = np.float64 if p.code == FLOAT64 else np.float32
     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-    keys = _visible_keys(p, entry, rows)
+    keys = visible_keys(p, entry, rows)
     # (kv heads, group, rows, keys)
-    scores = _products(p, entry, kv_heads, group, rows, keys)
-    scores, allowed = _modified(p, entry, scores, heads, rows, keys)
+    scores = products(p, entry, kv_heads, heads, rows, keys)
+    scores, allowed = modified(p, entry, scores, heads, rows, keys)
 
     lowest = np.finfo(real).min  # instead of -inf: all excluded, or every visible score is -inf
     row_max = scores.max(axis=-1, keepdims=True, initial=lowest)
@@ -161,12 +162,15 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
         entry.lse[heads, rows] = lse.reshape(shape)
 
 
-def _products(
-    p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slice, keys: slice
+def products(
+    p: Problem, entry: Entry, kv_heads: slice, heads: slice, rows: slice, keys: slice
 ) -> Array:
-    """Return q kᵀ, (kv heads, group, rows, keys)."""
+    """Return q kᵀ of some key heads and the query heads that share them.
+
+    It is (kv heads, group, rows, keys).
+    """
     real = np.float64 if p.code == FLOAT64 else np.float32
-    heads = slice(kv_heads.start * group, kv_heads.stop * group)
+    group = (heads.stop - heads.start) // (kv_heads.stop - kv_heads.start)
     # (kv heads, group · rows, D): the query heads of a group are more rows against its keys.
     query = reals(entry.query[heads, rows], p.query_code, real)
     shape = (kv_heads.stop - kv_heads.start, group, rows.stop - rows.start)
@@ -178,7 +182,7 @@ def _products(
     return products.reshape(*shape, -1)
 
 
-def _modified(
+def modified(
     p: Problem, entry: Entry, scores: Array, heads: slice, rows: slice, keys: slice
 ) -> tuple[Array, Array]:
     """Return the scores of the softmax, and whether a row may attend to a key."""
@@ -186,8 +190,7 @@ def _modified(
     scores *= real(p.scale)
     if p.softcap:
         scores = real(p.softcap) * np.tanh(scores / real(p.softcap))
-    positions = entry.offset + np.arange(rows.start, rows.stop)
-    distance = positions[:, np.newaxis] - np.arange(keys.start, keys.stop)
+    distance = entry.positions[rows, np.newaxis] - np.arange(keys.start, keys.stop)
     if entry.slopes is not None:
         slopes = entry.slopes[heads].reshape(*scores.shape[:2], 1, 1)
         scores += (-slopes * np.abs(distance)).astype(real)
@@ -205,13 +208,13 @@ def _modified(
     return np.where(allowed, scores, -np.inf).astype(real, copy=False), allowed
 
 
-def _visible_keys(p: Problem, entry: Entry, rows: slice) -> slice:
-    """Return the keys that at least one row sees."""
+def visible_keys(p: Problem, entry: Entry, rows: slice) -> slice:
+    """Return the keys from the first to the last that some row sees by its position."""
     start, stop = 0, entry.kv_len
     if p.left < UNBOUNDED:
-        start = min(stop, max(0, entry.offset + rows.start - p.left))
+        start = min(stop, max(0, int(entry.positions[rows].min()) - p.left))
     if p.right < UNBOUNDED:
-        stop = max(start, min(stop, entry.offset + rows.stop - 1 + p.right + 1))
+        stop = max(start, min(stop, int(entry.positions[rows].max()) + p.right + 1))
     return slice(start, stop)
 
 

@@ -16,6 +16,10 @@ from .plan cimport (
 from .schedule cimport count_tasks, run_task, set_offsets
 from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE, SHORT_WORK
 from .types cimport PartialState, Plan, TaskOffset, round_up
+from .weights cimport (
+    WeightsCall, count_weights_tasks, lay_out_weights, plan_weights, run_weights_task,
+    view_selection,
+)
 
 cnp.import_array()
 
@@ -54,6 +58,13 @@ cdef Arena take_arena(size_t size):
         if arena.size >= size:
             return arena
     return Arena(size)
+
+
+cdef int keep_arena(Arena arena) except -1:
+    """Keep an arena for the next call, unless it is large."""
+    if arena.size <= KEPT_BYTES:
+        idle_arenas.append(arena)
+    return 0
 
 
 # --- A call -------------------------------------------------------------------------------------
@@ -126,8 +137,7 @@ cdef int compute(Launch *launch, int threads, double *busy) except -1:
         if not launch.interrupt.stop:
             run_tasks(run_task, launch, launch.totals.task, threads, &launch.interrupt, busy,
                       launch.work < SHORT_WORK)
-    if arena.size <= KEPT_BYTES:
-        idle_arenas.append(arena)
+    keep_arena(arena)
     return raise_pending(&launch.interrupt)
 
 
@@ -147,6 +157,18 @@ cdef int execute(Launch *launch, Runner runner, int budget, double *busy) except
     finally:
         end_call()
     return 0
+
+
+cdef int write_weights(WeightsCall *call, int threads) except -1:
+    """Run all tasks of a planned call for weights."""
+    cdef Py_ssize_t tasks = lay_out_weights(call, threads)
+    cdef Arena arena = take_arena(<size_t>threads * call.launch.scratch_bytes)
+    call.launch.scratch = arena.aligned()
+    with nogil:
+        run_tasks(run_weights_task, call, tasks, threads, &call.launch.interrupt, NULL,
+                  call.launch.work < SHORT_WORK)
+    keep_arena(arena)
+    return raise_pending(&call.launch.interrupt)
 
 
 @cython.final
@@ -190,6 +212,28 @@ cdef class Runner:
         else:
             execute(&launch, self, min(budget, <int>cnp.PyArray_SIZE(busy)),
                     <double *>cnp.PyArray_DATA(busy))
+
+    def weights(self, problem):
+        """Compute the weights or scores of a Problem into its `out`."""
+        cdef WeightsCall call
+        cdef int threads, budget = problem.num_threads
+        if is_empty(problem):
+            return
+        memset(&call, 0, sizeof(WeightsCall))
+        view_problem(&call.launch.prefill, problem)
+        view_selection(&call, problem)
+        if self.uses_blas:
+            budget = blas.limit_threads(budget)
+            plan_weights(&call, self.prefill)
+            limit_to_blas(&call.launch.prefill)
+        else:                           # decode's kernels take reals
+            plan_weights(&call, self.decode)
+        threads = begin_call(call.launch.work,
+                             min(<Py_ssize_t>budget, count_weights_tasks(&call)))
+        try:
+            write_weights(&call, threads)
+        finally:
+            end_call()
 
     def describe(self, problem):
         """Return what a call would do, for tests: the plans' choices and the scratch layout."""

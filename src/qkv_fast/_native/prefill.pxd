@@ -1,4 +1,10 @@
-from .types cimport HeadView, Plan
+from libc.stdint cimport int64_t
+
+from .types cimport HeadView, KVBlock, Plan, QueryTile, Visibility
 
 cdef void run_prefill_task(const Plan *plan, const HeadView *head,
                            Py_ssize_t number) noexcept nogil
+cdef int open_tiles(const Plan *plan, const HeadView *head, Py_ssize_t number,
+                    int64_t *key_begin, int64_t *key_end) noexcept nogil
+cdef void compute_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
+                         KVBlock *block, const Visibility *visible) noexcept nogil

@@ -30,22 +30,31 @@ from .types cimport (
 cdef void run_prefill_task(const Plan *plan, const HeadView *head,
                            Py_ssize_t number) noexcept nogil:
     """Compute the rows of the head's task of that number: up to tiles_per_task tiles."""
-    cdef Py_ssize_t rows = plan.group * head.q_len, tile_q = plan.kernels.tile_q
-    cdef Py_ssize_t row_begin = number * plan.tiles_per_task * tile_q
-    cdef int64_t key_begin = UNBOUNDED, key_end = 0
-    cdef int tiles = 0, i
-    cdef QueryTile *tile
-    while tiles < plan.tiles_per_task and row_begin < rows:
-        tile = open_tile(plan, head, tiles, row_begin, min(tile_q, rows - row_begin))
-        key_begin = min(key_begin, tile.begin_min)
-        key_end = max(key_end, tile.end_max)
-        row_begin += tile_q
-        tiles += 1
+    cdef int64_t key_begin, key_end
+    cdef int i, tiles = open_tiles(plan, head, number, &key_begin, &key_end)
     attend_keys(plan, head, tiles, key_begin, key_end)
     if plan.interrupt.stop:
         return
     for i in range(tiles):
         close_tile(plan, head, tile_of(plan, head, i))
+
+
+cdef int open_tiles(const Plan *plan, const HeadView *head, Py_ssize_t number,
+                    int64_t *key_begin, int64_t *key_end) noexcept nogil:
+    """Open the tiles of the head's task of that number; return how many, and the keys they see."""
+    cdef Py_ssize_t rows = plan.group * head.q_len, tile_q = plan.kernels.tile_q
+    cdef Py_ssize_t row_begin = number * plan.tiles_per_task * tile_q
+    cdef int tiles = 0
+    cdef QueryTile *tile
+    key_begin[0] = UNBOUNDED
+    key_end[0] = 0
+    while tiles < plan.tiles_per_task and row_begin < rows:
+        tile = open_tile(plan, head, tiles, row_begin, min(tile_q, rows - row_begin))
+        key_begin[0] = min(key_begin[0], tile.begin_min)
+        key_end[0] = max(key_end[0], tile.end_max)
+        row_begin += tile_q
+        tiles += 1
+    return tiles
 
 
 cdef QueryTile *open_tile(const Plan *plan, const HeadView *head, int number,

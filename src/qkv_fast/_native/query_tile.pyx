@@ -6,20 +6,6 @@ from .softmax_state cimport reset_state
 from .types cimport UNBOUNDED, HeadView, Plan, QueryTile, set_real, tile_of
 
 
-cdef void place_row(const Plan *plan, const HeadView *head, QueryTile *tile, int i,
-                    Py_ssize_t query_head, Py_ssize_t index) noexcept nogil:
-    """Note where row i lies, query `index` of a head."""
-    tile.query_rows[i] = head.query + query_head * plan.query.head + index * plan.query.row
-    tile.out_rows[i] = head.out + query_head * plan.out.head + index * plan.out.row
-    if head.lse != NULL:
-        tile.lse_rows[i] = head.lse + query_head * plan.lse.head + index * plan.lse.row
-    if head.mask != NULL:
-        tile.mask_rows[i] = head.mask + query_head * plan.mask.head + index * plan.mask.row
-    if head.slopes != NULL:
-        set_real(tile.slope, i, plan.kernels.real_bytes,
-                 (<double *>(head.slopes + query_head * plan.slopes.head))[0])
-
-
 cdef void bound_row(const Plan *plan, const HeadView *head, QueryTile *tile, int i,
                     int64_t position) noexcept nogil:
     """Note which keys row i sees by its position, and widen the tile's bounds to them."""
@@ -35,6 +21,22 @@ cdef void bound_row(const Plan *plan, const HeadView *head, QueryTile *tile, int
     tile.begin_max = max(tile.begin_max, begin)
     tile.end_min = min(tile.end_min, end)
     tile.end_max = max(tile.end_max, end)
+
+
+cdef void place_row(const Plan *plan, const HeadView *head, QueryTile *tile, int i,
+                    Py_ssize_t query_head, Py_ssize_t index) noexcept nogil:
+    """Note where row i lies and which keys it sees: query `index` of those of a head."""
+    cdef Py_ssize_t query = index if plan.rows == NULL else plan.rows[index]
+    tile.query_rows[i] = head.query + query_head * plan.query.head + query * plan.query.row
+    tile.out_rows[i] = head.out + query_head * plan.out.head + index * plan.out.row
+    if head.lse != NULL:
+        tile.lse_rows[i] = head.lse + query_head * plan.lse.head + index * plan.lse.row
+    if head.mask != NULL:
+        tile.mask_rows[i] = head.mask + query_head * plan.mask.head + query * plan.mask.row
+    if head.slopes != NULL:
+        set_real(tile.slope, i, plan.kernels.real_bytes,
+                 (<double *>(head.slopes + query_head * plan.slopes.head))[0])
+    bound_row(plan, head, tile, i, head.offset + query)
 
 
 cdef QueryTile *place_tile(const Plan *plan, const HeadView *head, int number,
@@ -65,7 +67,6 @@ cdef QueryTile *place_tile(const Plan *plan, const HeadView *head, int number,
     reset_state(plan, tile)
     for i in range(tile.lanes):
         place_row(plan, head, tile, i, query_head, index)
-        bound_row(plan, head, tile, i, head.offset + index)
         if i + 1 < tile.count:
             index += 1
             if index == head.q_len:

@@ -2,6 +2,7 @@ from libc.stdint cimport int64_t
 
 from .types cimport HeadView, KVBlock, Plan, QueryTile, Visibility
 
+cdef double lowest(int real_bytes) noexcept nogil
 cdef void reset_state(const Plan *plan, QueryTile *tile) noexcept nogil
 cdef void weigh_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
                        const KVBlock *block, const Visibility *visible) noexcept nogil

@@ -23,7 +23,7 @@ cdef extern from "<float.h>":
     double FLT_MAX, DBL_MAX
 
 
-cdef inline double lowest(int real_bytes) noexcept nogil:
+cdef double lowest(int real_bytes) noexcept nogil:
     """Return the lowest finite real: row_max before the first key."""
     return -FLT_MAX if real_bytes == 4 else -DBL_MAX
 

@@ -66,6 +66,9 @@ cdef enum:  # decide how fast a call is
     # Multiply-adds below which a call uses one thread: to wake a sleeping worker takes 10 us or
     # more, which are about 2^19 multiply-adds (bench_overhead.py).
     SERIAL_WORK = 1 << 19
+    # Multiply-adds that take as long as to weigh a score and to write it: on Zen 3 the weights of
+    # 1,12,512,64 take as long as the op with values of size 64 (bench_weights.py).
+    WEIGHT_WORK = 64
     # Multiply-adds below which no sleeping worker is woken, unless calls follow each other fast
     # (FREQUENT in csrc/runtime/thread_pool.c; about 90 us of one thread there).
     SHORT_WORK = 1 << 20

@@ -73,6 +73,7 @@ cdef struct Plan:
     TensorView key_scales, value_scales
     TensorView query_offset, query_starts, query_lengths, key_starts, key_lengths
     TensorView slopes, block_table
+    const int64_t *rows                 # queries that are computed, in this order; NULL: all
     Py_ssize_t mask_len                 # of a mask's rows
     Py_ssize_t page_size                # 0: keys are not in pages
     const double *sinks                 # (Hq,) or NULL

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from .._dtypes import BFLOAT16, FLOAT64, SWAPPED, UINT16, Array, code_of, named, result_dtype
+from .._dtypes import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    SWAPPED,
+    UINT16,
+    Array,
+    code_of,
+    named,
+    result_dtype,
+)
+from .._memory import available_memory
 from .._threads import checked, get_num_threads
 from .arguments import as_array, flag, is_tensor
 from .problem import Problem
 
+_SMALL = 1 << 28  # bytes of weights up to which the available memory is not looked up
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may look at
 
 
@@ -36,6 +49,40 @@ def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
         lse: Array = np.empty(shape[:-1], np.float64 if p.code == FLOAT64 else np.float32)
         p.lse_result = lse
         p.lse = lse if like is p.query else _as_batch(p, lse)
+
+
+def output_of_weights(p: Problem, out: Any, num_threads: Any) -> None:
+    """Set the same for the weights or scores of a problem whose selection is set."""
+    p.num_threads = get_num_threads() if num_threads is None else checked(num_threads)
+    p.out_code = FLOAT64 if p.code == FLOAT64 else FLOAT32
+    dtype: np.dtype[Any] = np.dtype(np.float64 if p.code == FLOAT64 else np.float32)
+    *batch, num_heads, q_len, _ = p.query.shape
+    num_heads = num_heads if p.heads is None else len(p.heads)
+    q_len = q_len if p.rows is None else len(p.rows)
+    shape = (*batch, num_heads, q_len, p.kv_len)
+    if p.caller_query is not p.query:
+        shape = shape[1:]
+    if out is None:
+        p.result = rows = _new(shape, dtype)
+    else:
+        rows = _given(p, out, shape, dtype)
+    p.out = rows if p.caller_query is p.query else _as_batch(p, rows)
+
+
+def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an array, or raise where it would not fit into memory."""
+    size = math.prod(shape) * dtype.itemsize
+    available = available_memory() if size > _SMALL else None
+    if available is None or size <= available:
+        try:
+            return np.empty(shape, dtype)
+        except (MemoryError, ValueError):  # ValueError: more bytes than NumPy can count
+            pass
+    free = "no memory is" if available is None else f"{available / 1e9:.1f} GB are"
+    raise MemoryError(
+        f"the weights of shape {shape} take {size / 1e9:.1f} GB, but {free} available for them: "
+        "compute fewer at a time with rows= and heads="
+    )
 
 
 def _as_batch(p: Problem, rows: Array) -> Array:
@@ -66,7 +113,8 @@ def _given(p: Problem, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
     if _can_be_written_to(p, array):
         return array
     p.target = array  # of its own dtype: uint16 and bfloat16 differ for NumPy
-    p.temporary = np.empty(shape, array.dtype.newbyteorder("="))
+    native = array.dtype.newbyteorder("=")
+    p.temporary = _new(shape, native) if p.stage else np.empty(shape, native)
     return p.temporary
 
 
@@ -76,13 +124,21 @@ def _can_be_written_to(p: Problem, out: Array) -> bool:
         return False
     if not out.flags.c_contiguous and (_repeats(out) or (out.size and _overlaps_itself(out))):
         return False
+    if p.stage and not (out.flags.aligned and _has_unit_stride(out)):
+        return False
     query = p.caller_query
-    if not _same_memory(out, query) and _may_change(out, query):
+    in_place = not p.stage and _same_memory(out, query)
+    if not in_place and _may_change(out, query):
         return False
     inputs = (p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
               p.key_lengths, p.key_scales, p.value_scales, p.block_table, p.query_starts,
               p.query_lengths, p.key_starts)  # fmt: skip
     return not any([array is not None and _may_change(out, array) for array in inputs])
+
+
+def _has_unit_stride(array: Array) -> bool:
+    """Return whether the elements of a row lie side by side, as a single one does."""
+    return array.strides[-1] == array.itemsize or array.shape[-1] <= 1
 
 
 def _repeats(array: Array) -> bool:
@@ -115,7 +171,8 @@ def _same_memory(a: Array, b: Array) -> bool:
 def _may_change(out: Array, array: Array) -> bool:
     """Return whether writing `out` may change what is still to be read of an input.
 
-    A task reads all its queries before it writes their rows, so `out` may be the query itself.
+    A task reads all its queries before it writes their rows, so `out` may be the query itself,
+    unless a selection of rows stands elsewhere in `out` than in the query.
     """
     if not np.may_share_memory(out, array):
         return False

@@ -67,7 +67,17 @@ class Problem:
 
     num_threads: int
 
-    # Where the engine writes: (*batch, Hq, Lq, Dv) and (*batch, Hq, Lq).
+    # Of `attention_weights` alone: what is written, and which query heads and rows (int64, along
+    # one axis; None: all) are computed, in their order.
+    stage: str = ""
+    heads: Array | None = None
+    rows: Array | None = None
+    # Log-sum-exps of these rows that are known already, without sinks: float32 or, for float64,
+    # float64, of the shape of `out` without the last axis.
+    known_lse: Array | None = None
+
+    # Where the engine writes: (*batch, Hq, Lq, Dv) and (*batch, Hq, Lq). Weights are (*batch,
+    # len(heads), len(rows), Lk), in rows that lie in one piece.
     out: Array
     lse: Array | None = None
 

@@ -58,6 +58,12 @@ def dense(p: Problem, query: Any, key: Any, value: Any, enable_gqa: Any, dtype: 
     p.kv_len = key.shape[-2]
 
 
+def without_values(p: Problem, query: Any, key: Any, enable_gqa: Any, dtype: Any) -> None:
+    """Set tensors as `dense` does, with values of size 0."""
+    query, key = as_array("query", query), as_array("key", key)
+    dense(p, query, key, key[..., :0] if key.ndim else key, enable_gqa, dtype)
+
+
 def packed(
     p: Problem,
     query: Any,

@@ -1,0 +1,71 @@
+"""Which weights are wanted: a stage, some heads and rows, relative to which log-sum-exps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .._dtypes import FLOAT64, Array
+from .arguments import integers, real_array, shown
+from .problem import UNBOUNDED, Problem
+
+STAGES = ("scaled", "softcapped", "masked", "softmax")
+
+
+def selection(p: Problem, stage: Any, rows: Any, heads: Any, lse: Any) -> None:
+    """Set what is wanted, after all that the scores depend on: what comes later is undone."""
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise ValueError(f"stage is {shown(stage)}: it must be one of {', '.join(STAGES)}")
+    p.stage = stage
+    if lse is not None and stage != "softmax":
+        raise ValueError(f"lse is given for the stage {stage!r}: only 'softmax' depends on it")
+    if heads is not None and p.caller_query is not p.query:
+        raise ValueError("heads is given, but query and key have no axis of heads")
+    p.heads = _numbers("heads", heads, p.query.shape[-3])
+    p.rows = _numbers("rows", rows, p.query.shape[-2])
+    if stage in ("scaled", "softcapped"):
+        p.attn_mask, p.mask_code, p.alibi_slopes = None, -1, None
+        p.left = p.right = UNBOUNDED
+    if stage == "scaled":
+        p.softcap = 0.0
+    if lse is not None:
+        p.known_lse = _known_lse(p, lse)
+
+
+def _numbers(name: str, given: Any, count: int) -> Array | None:
+    """Return the numbers of some of `count` rows or heads; None for all of them in order."""
+    if given is None:
+        return None
+    if isinstance(given, slice):
+        try:
+            numbers: Array = np.arange(count, dtype=np.int64)[given]
+        except TypeError:
+            raise TypeError(f"{name} is {shown(given)}: a slice must be of ints") from None
+    else:
+        rule = f"each must be from {-count} to {count - 1}, as NumPy's indices are"
+        numbers = integers(name, given, "ints or a slice", -count, count - 1, rule)
+        if numbers.ndim != 1:
+            raise TypeError(
+                f"{name} must be ints along one axis or a slice, not of shape {numbers.shape}"
+            )
+        numbers = np.where(numbers < 0, numbers + count, numbers)
+    if len(numbers) == count and (numbers == np.arange(count)).all():
+        return None
+    return np.ascontiguousarray(numbers)
+
+
+def _known_lse(p: Problem, given: Any) -> Array:
+    """Return the log-sum-exps of the wanted rows, in an array of the problem's own."""
+    lse = real_array("lse", given)
+    shape = p.caller_query.shape[:-1]
+    if lse.shape != shape:
+        raise ValueError(
+            f"lse has shape {lse.shape}: that of all rows is needed, (*batch, Hq, Lq) = {shape}"
+        )
+    lse = lse.reshape(p.query.shape[:-1])
+    if p.heads is not None:
+        lse = lse[..., p.heads, :]
+    if p.rows is not None:
+        lse = lse[..., p.rows]
+    return lse.astype(np.float64 if p.code == FLOAT64 else np.float32)
