@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,37 @@ def make(
         normal(rng, (b, hkv, lk, d), dtype),
         normal(rng, (b, hkv, lk, dv), dtype),
     )
+
+
+def layouts(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Return arrays equal to x in other layouts."""
+    wide = np.zeros((*x.shape[:-1], x.shape[-1] * 2), x.dtype)
+    wide[..., ::2] = x
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    raw[1:] = np.frombuffer(x.tobytes(), np.uint8)
+    rows = np.zeros((*x.shape[:-2], x.shape[-2] * 3, x.shape[-1]), x.dtype)
+    rows[..., 1::3, :] = x
+    return {
+        "negative": x[..., ::-1, ::-1].copy()[..., ::-1, ::-1],
+        "negative rows": x[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
+        "strided": wide[..., ::2],
+        "strided rows": rows[..., 1::3, :],
+        "unaligned": raw[1:].view(x.dtype).reshape(x.shape),
+        "fortran": np.asfortranarray(x),
+        "heads last": x.swapaxes(1, 2).copy().swapaxes(1, 2),
+        "swapped bytes": x.astype(x.dtype.newbyteorder()),
+    }
+
+
+def load_example(name: str) -> ModuleType:
+    """Return a script of examples/ as a module."""
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def assert_same(first: Any, second: Any) -> None:

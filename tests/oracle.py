@@ -14,32 +14,12 @@ FLOAT16_LIKE = ("float16", "bfloat16")
 
 
 def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    *,
-    query_offset: Any = 0,
-    window: Any = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    key_lengths: Any = None,
-    real: Any = np.float64,
+    query: Any, key: Any, value: Any, *, sinks: Any = None, real: Any = np.float64, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (out, lse) of (..., H, L, D) arrays in `real`; head counts give the groups."""
-    options = {
-        "attn_mask": attn_mask,
-        "is_causal": is_causal,
-        "scale": scale,
-        "query_offset": query_offset,
-        "window": window,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "key_lengths": key_lengths,
-    }
+    """Return (out, lse) of (..., H, L, D) arrays in `real`; head counts give the groups.
+
+    `options` are those of `scores`.
+    """
     q, k, v = (np.asarray(x).astype(real) for x in (query, key, value))
     flat = max(q.ndim, k.ndim, v.ndim) == 2
     q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))

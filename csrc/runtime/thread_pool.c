@@ -40,9 +40,12 @@
 /* How long it spins at most, in nanoseconds, while others work on a job in which it has no part. */
 #define SPIN_BESIDE_JOBS 1000000
 
-/* Calls follow each other fast, in nanoseconds from start to start. On a Zen 3, 9 query heads over 3
- * of size 64 with 512 keys take 53 us on two threads without pauses, 61 with pauses of 150 us, 72
- * with 400 and 87 with 2000, for which the worker is woken; 67 to 74 us on one thread. */
+/* Jobs that begin within so many nanoseconds of each other follow fast. On a Zen 3, one token of 9
+ * query heads over 3 of size 64 takes for 512 keys, with pauses between the calls:
+ *
+ *     pause of               0 us   150 us   400 us   2000 us
+ *     two threads             53       61       72        87 us
+ *     one thread              67       67       68        74 us */
 #define FREQUENT 250000
 
 typedef struct worker {
@@ -282,7 +285,8 @@ void qkv_run_tasks(qkv_task task, qkv_wait wait, const void *context, ptrdiff_t 
         run_on_openmp_team(&j, count, choice == QKV_THREADING_OPENMP))
         return;
     j.began = nanoseconds();
-    const long long before = atomic_exchange_explicit(&last_job_start, j.began, memory_order_relaxed);
+    const long long before =
+        atomic_exchange_explicit(&last_job_start, j.began, memory_order_relaxed);
     if (is_short && j.began - before > FREQUENT) j.threads = 1;
     atomic_fetch_add_explicit(&running_jobs, 1, memory_order_relaxed);
     run_on_own_pool(&j, count);

@@ -1,8 +1,8 @@
 /* Loops of tasks on several threads: a small pool's, or those of an OpenMP team of another library
  * while it is awake anyway (openmp_team.c).
  *
- * Why not OpenMP alone: after a parallel region libgomp's workers spin for milliseconds on the cores
- * that NumPy's BLAS wants next; told not to, they sleep and need tens of microseconds to wake
+ * Why not OpenMP alone: after a parallel region libgomp's workers spin for milliseconds on the
+ * cores that NumPy's BLAS wants next; told not to, they sleep and need tens of microseconds to wake
  * (docs/threading.md has the figures). An idle worker of this pool spins for a short time and then
  * sleeps.
  *

@@ -25,6 +25,8 @@ The others, by task:
 ``help`` of each name has its parameters and an example.
 """
 
+import sys as _sys
+
 from ._attention import scaled_dot_product_attention
 from ._config import show_config
 from ._kv_cache import KVCache
@@ -54,3 +56,8 @@ __all__ = [
 
 for _name in __all__:  # help, reprs and pickles then name the package, not a private module
     globals()[_name].__module__ = __name__
+
+if "threadpoolctl" in _sys.modules:
+    from .integrations.threadpoolctl import register as _register
+
+    _register()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -33,10 +32,6 @@ def load_native() -> ModuleType | None:
             quota = cgroup_quota()
             if quota is not None:
                 _native.limit_cpus(int(quota))
-            if "threadpoolctl" in sys.modules:
-                from .integrations.threadpoolctl import register
-
-                register()
     return _native
 
 

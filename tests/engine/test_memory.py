@@ -13,29 +13,9 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from helpers import make, normal, run_python
+from helpers import layouts, make, normal, run_python
 
 from qkv_fast import scaled_dot_product_attention as sdpa
-
-
-def layouts(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Return arrays equal to x in other layouts."""
-    wide = np.zeros((*x.shape[:-1], x.shape[-1] * 2), x.dtype)
-    wide[..., ::2] = x
-    raw = np.zeros(x.nbytes + 1, np.uint8)
-    raw[1:] = np.frombuffer(x.tobytes(), np.uint8)
-    rows = np.zeros((*x.shape[:-2], x.shape[-2] * 3, x.shape[-1]), x.dtype)
-    rows[..., 1::3, :] = x
-    return {
-        "negative": x[..., ::-1, ::-1].copy()[..., ::-1, ::-1],
-        "negative rows": x[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
-        "strided": wide[..., ::2],
-        "strided rows": rows[..., 1::3, :],
-        "unaligned": raw[1:].view(x.dtype).reshape(x.shape),
-        "fortran": np.asfortranarray(x),
-        "heads last": x.swapaxes(1, 2).copy().swapaxes(1, 2),
-        "swapped bytes": x.astype(x.dtype.newbyteorder()),
-    }
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from helpers import make, normal, run_python, sdpa_shapes
+from helpers import layouts, make, normal, run_python, sdpa_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -377,22 +377,6 @@ def test_empty_axes(engine, rng, shape, stage):
 
 
 # --- Memory -------------------------------------------------------------------------------------
-
-
-def layouts(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Return arrays equal to x in other layouts."""
-    wide = np.zeros((*x.shape[:-1], x.shape[-1] * 2), x.dtype)
-    wide[..., ::2] = x
-    raw = np.zeros(x.nbytes + 1, np.uint8)
-    raw[1:] = np.frombuffer(x.tobytes(), np.uint8)
-    return {
-        "negative": x[..., ::-1, ::-1].copy()[..., ::-1, ::-1],
-        "strided": wide[..., ::2],
-        "unaligned": raw[1:].view(x.dtype).reshape(x.shape),
-        "fortran": np.asfortranarray(x),
-        "heads last": x.swapaxes(1, 2).copy().swapaxes(1, 2),
-        "swapped bytes": x.astype(x.dtype.newbyteorder()),
-    }
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from helpers import load_example
 
 SIZES = (2, 48, 61, 40)  # layers, hidden, vocab, context
 HEADS = 3
@@ -21,13 +21,7 @@ TOKENS = [39, 0, 15, 54, 54, 44, 44, 11, 0, 0, 0, 0, 0, 0, 15, 0, 44, 11, 11, 46
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "generate.py"
-    spec = importlib.util.spec_from_file_location("generate", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("generate")
 
 
 @pytest.fixture(scope="module")

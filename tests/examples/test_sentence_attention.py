@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from helpers import load_example
 
 for needed in ("safetensors", "tokenizers", "matplotlib"):
     pytest.importorskip(needed, reason=f"the demo extra's {needed} is not installed")
@@ -23,13 +24,7 @@ STORED = json.loads((TESTS / "data" / "minilm_embeddings.json").read_text(encodi
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = TESTS.parent / "examples" / "sentence_attention.py"
-    spec = importlib.util.spec_from_file_location("sentence_attention", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("sentence_attention")
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,12 @@ cdef bint is_bool(x) noexcept:
     return x is False or x is True
 
 
+cdef bint are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks) noexcept:
+    """Return whether these options ask for no modifier of the scores and need no check."""
+    return (is_bool(is_causal) and (scale is None or type(scale) is float) and is_bool(return_lse)
+            and window is None and softcap is None and alibi_slopes is None and sinks is None)
+
+
 cdef inline int code_of(cnp.ndarray array, bint uint16_is_bf16) noexcept:
     """Return the code of a floating type in native byte order; -1 for others, and for rare ones."""
     cdef int number = cnp.PyArray_TYPE(array)
@@ -82,8 +88,12 @@ cdef cnp.ndarray view(given, bint uint16_is_bf16, int *code):
     return given
 
 
-cdef bint fit(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint enable_gqa) noexcept:
-    """Return whether the tensors have the same batch axes, fit together and hold something."""
+cdef bint fit(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint enable_gqa,
+              bint same_batch) noexcept:
+    """Return whether the tensors fit together and hold something.
+
+    same_batch: query and key have the same batch axes; else the first axis of key counts pages.
+    """
     cdef int ndim = cnp.PyArray_NDIM(query), axis
     cdef cnp.npy_intp *q = cnp.PyArray_DIMS(query)
     cdef cnp.npy_intp *k = cnp.PyArray_DIMS(key)
@@ -94,7 +104,7 @@ cdef bint fit(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint enable
     for axis in range(ndim):
         if q[axis] == 0 or k[axis] == 0 or k[axis] != v[axis] and axis < ndim - 1:
             return False
-        if q[axis] != k[axis] and axis < ndim - 3:
+        if same_batch and q[axis] != k[axis] and axis < ndim - 3:
             return False
     if q[ndim - 3] != k[ndim - 3] and not (enable_gqa and q[ndim - 3] % k[ndim - 3] == 0):
         return False
@@ -261,11 +271,10 @@ def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     cdef bint uint16_is_bf16 = dtype is not None
     cdef cnp.ndarray q, k, v, mask, rows, lse = None
     cdef int code, key_code, value_code, mask_code, out_code
-    if not (window is None and softcap is None and alibi_slopes is None and sinks is None
-            and key_lengths is None and is_bool(is_causal) and is_bool(enable_gqa)
-            and is_bool(return_lse) and type(dropout_p) is float and dropout_p == 0.0
+    if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks)
+            and key_lengths is None and is_bool(enable_gqa)
+            and type(dropout_p) is float and dropout_p == 0.0
             and type(query_offset) is int and -MAX_OFFSET <= query_offset <= MAX_OFFSET
-            and (scale is None or type(scale) is float)
             and (not uint16_is_bf16 or type(dtype) is str and dtype == "bfloat16")):
         return None
     q = view(query, uint16_is_bf16, &code)
@@ -273,7 +282,7 @@ def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     v = view(value, uint16_is_bf16, &value_code)
     mask = view(attn_mask, uint16_is_bf16, &mask_code)
     if (code < 0 or code == QKV_BOOL or uint16_is_bf16 and code != QKV_BFLOAT16
-            or key_code != code or value_code != code or not fit(q, k, v, enable_gqa)
+            or key_code != code or value_code != code or not fit(q, k, v, enable_gqa, True)
             or mask is None and attn_mask is not None):
         return None
     if out is None:

@@ -12,7 +12,7 @@ from .engine cimport Runner, execute
 from .kernels cimport QKV_BFLOAT16, QKV_BOOL, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8
 from .plan cimport view_numbers, view_tensors
 from .shortcut cimport (
-    count_threads, find_runner, is_bool, is_writable, new_lse, new_rows, overlap,
+    are_plain, count_threads, find_runner, fit, is_bool, is_writable, new_lse, new_rows, overlap,
     set_plain_scoring, view, view_mask,
 )
 from .tensor_views cimport MAX_AXES
@@ -58,21 +58,6 @@ cdef bint are_scales(scales, int code, cnp.ndarray stored) noexcept:
         if cnp.PyArray_DIMS(scales)[axis] != cnp.PyArray_DIMS(stored)[axis]:
             return False
     return True
-
-
-cdef bint fit(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint enable_gqa) noexcept:
-    """Return whether tensors of four axes fit but for their first axis, and hold something."""
-    cdef cnp.npy_intp *q = cnp.PyArray_DIMS(query)
-    cdef cnp.npy_intp *k = cnp.PyArray_DIMS(key)
-    cdef cnp.npy_intp *v = cnp.PyArray_DIMS(value)
-    cdef int axis
-    if (cnp.PyArray_NDIM(query) != 4 or cnp.PyArray_NDIM(key) != 4
-            or cnp.PyArray_NDIM(value) != 4):
-        return False
-    for axis in range(4):
-        if q[axis] == 0 or k[axis] == 0 or v[axis] == 0 or axis < 3 and k[axis] != v[axis]:
-            return False
-    return q[3] == k[3] and (q[1] == k[1] or enable_gqa and q[1] % k[1] == 0)
 
 
 cdef cnp.ndarray integers(given, int axes, int flags):
@@ -159,7 +144,8 @@ cdef object attend(query, key, value, key_scales, value_scales, cnp.ndarray tabl
     k = view_stored(key, uint16_is_bf16, &types.key)
     v = view_stored(value, uint16_is_bf16, &types.value)
     mask = view(attn_mask, uint16_is_bf16, &types.mask)
-    if (q is None or k is None or v is None or not set_code(&types) or not fit(q, k, v, enable_gqa)
+    if (q is None or k is None or v is None or not set_code(&types)
+            or cnp.PyArray_NDIM(q) != 4 or not fit(q, k, v, enable_gqa, False)
             or mask is None and attn_mask is not None
             or cnp.PyArray_DIMS(q)[0] != cnp.PyArray_DIMS(lengths)[0]
             or not are_scales(key_scales, types.key, k)
@@ -186,11 +172,6 @@ cdef object attend(query, key, value, key_scales, value_scales, cnp.ndarray tabl
                    is_causal, scale, rows, lse, num_threads):
         return None
     return out if lse is None else (out, lse)
-
-
-cdef bint are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks) noexcept:
-    return (is_bool(is_causal) and (scale is None or type(scale) is float) and is_bool(return_lse)
-            and window is None and softcap is None and alibi_slopes is None and sinks is None)
 
 
 def attend_pages(query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal,

@@ -9,8 +9,8 @@ import functools
 def register() -> None:
     """Make ``threadpoolctl.threadpool_limits`` and ``threadpool_info`` know this library.
 
-    The library does so itself at its first call if threadpoolctl has been imported by then; call
-    this where it is imported later. A limit is that of `set_num_threads`, for the whole process.
+    The library does so itself if threadpoolctl has been imported before it; call this where it is
+    imported later. A limit is that of `set_num_threads`, for the whole process.
     Needs the native engine: threadpoolctl looks for a shared object.
 
     Raises
