@@ -14,6 +14,8 @@ The others, by task:
         KVCache              stores them, grows, forks and truncates them, and attends to them
     what a head looks at
         attention_weights    the weights and scores themselves, of all rows or of some
+    from token vectors to token vectors
+        MultiHeadAttention   the layer: projections around the op
     keys in several parts
         merge_attention      combines the results over the parts into that over all keys
     settings
@@ -36,11 +38,13 @@ from ._select import available_backends, backend
 from ._threads import get_num_threads, set_num_threads, threads
 from ._varlen import varlen_attention
 from ._weights import attention_weights
+from ._layer import MultiHeadAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KVCache",
+    "MultiHeadAttention",
     "attention_weights",
     "available_backends",
     "backend",

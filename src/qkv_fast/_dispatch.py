@@ -17,25 +17,32 @@ __all__ = ["notify_call_start", "solve"]
 
 
 class _Runner(Protocol):
-    """Computes a Problem: attention or, by `weights`, what the Problem's `stage` names."""
+    """Computes a Problem: attention or, by `weights`, what the Problem's `stage` names.
+
+    `linear` computes a layer's product (see _linear.py).
+    """
 
     def __call__(self, problem: Problem) -> None: ...
 
     def weights(self, problem: Problem) -> None: ...
 
+    def linear(
+        self, x: Array, weight: Array, code: int, bias: Array | None, out: Array, num_threads: int
+    ) -> None: ...
+
 
 class _PythonRunner:
-    """Run the Python engine."""
+    """Run the Python engine, which is imported when the first one is made."""
+
+    def __init__(self) -> None:
+        from . import _linear, _python_engine, _python_weights
+
+        self.run = _python_engine.run
+        self.weights = _python_weights.run
+        self.linear = _linear.python_linear
 
     def __call__(self, problem: Problem) -> None:
-        from ._python_engine import run
-
-        run(problem)
-
-    def weights(self, problem: Problem) -> None:
-        from ._python_weights import run
-
-        run(problem)
+        self.run(problem)
 
 
 _runners: dict[tuple[Request | None, int], _Runner] = {}
@@ -57,10 +64,7 @@ shortcuts: Any = _NoShortcuts  # see _native/shortcut.pyx
 
 def solve(p: Problem) -> Array | tuple[Array, Array]:
     """Compute a problem with the engine in force; return what the caller gets."""
-    key = (requested.get(), p.code)
-    runner = _runners.get(key)
-    if runner is None:
-        runner = _runners[key] = _runner(*key)
+    runner = runner_of(p.code)
     if p.stage:
         runner.weights(p)
     else:
@@ -70,6 +74,15 @@ def solve(p: Problem) -> Array | tuple[Array, Array]:
         np.copyto(p.target, p.temporary)
     result: Array = p.result
     return result if p.lse_result is None else (result, p.lse_result)
+
+
+def runner_of(code: int) -> _Runner:
+    """Return what computes with an element type, by the engine in force."""
+    key = (requested.get(), code)
+    runner = _runners.get(key)
+    if runner is None:
+        runner = _runners[key] = _runner(*key)
+    return runner
 
 
 def _runner(request: Request | None, code: int) -> _Runner:
@@ -98,5 +111,5 @@ def _warn_without_native(request: Request | None) -> None:
             f"qkv_fast: the compiled engine is not available ({why_not_native()}); "
             "using the pure-Python engine",
             RuntimeWarning,
-            stacklevel=5,  # the line that called the public function
+            stacklevel=6,  # the line that called the public function
         )

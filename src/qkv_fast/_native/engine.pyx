@@ -8,6 +8,7 @@ from libc.string cimport memset
 
 from .isa cimport index_of, table_of
 from .kernels cimport QKV_FLOAT32, QKV_FLOAT64, qkv_tile_kernels
+from .linear cimport LinearCall, pad_rows, plan_linear, run_linear_task, view_linear
 from .parallel cimport begin_call, end_call, raise_pending, run_tasks
 from .plan cimport (
     choose_decode_tasks, choose_max_decode_rows, choose_prefill_tasks, is_in_place, lay_out_decode,
@@ -171,6 +172,25 @@ cdef int write_weights(WeightsCall *call, int threads) except -1:
     return raise_pending(&call.launch.interrupt)
 
 
+cdef int multiply(LinearCall *call, int threads) except -1:
+    """Run all tasks of a viewed product."""
+    cdef Py_ssize_t tasks = plan_linear(call, threads)
+    cdef size_t padded_bytes = 0
+    cdef Arena arena
+    if call.is_decode:
+        padded_bytes = call.rows * call.padded_stride * call.kernels.real_bytes
+    arena = take_arena(<size_t>threads * call.scratch_bytes + padded_bytes)
+    call.scratch = arena.aligned()
+    call.padded = call.scratch + threads * call.scratch_bytes
+    with nogil:
+        if call.is_decode:
+            pad_rows(call)
+        run_tasks(run_linear_task, call, tasks, threads, &call.interrupt, NULL,
+                  call.work < SHORT_WORK)
+    keep_arena(arena)
+    return raise_pending(&call.interrupt)
+
+
 @cython.final
 cdef class Runner:
     """What computes Problems of an element type with one choice of kernels.
@@ -232,6 +252,23 @@ cdef class Runner:
                              min(<Py_ssize_t>budget, count_weights_tasks(&call)))
         try:
             write_weights(&call, threads)
+        finally:
+            end_call()
+
+    def linear(self, x, weight, int weight_code, bias, y, int num_threads):
+        """Compute y = x weightᵀ + bias; see linear.pyx for the shapes.
+
+        x, bias and y are reals of the Runner's; weight may also be of a 16-bit type.
+        """
+        cdef LinearCall call
+        cdef int threads
+        if y.size == 0:
+            return
+        memset(&call, 0, sizeof(LinearCall))
+        view_linear(&call, self.decode, x, weight, weight_code, bias, y)
+        threads = begin_call(call.work, num_threads)
+        try:
+            multiply(&call, threads)
         finally:
             end_call()
 

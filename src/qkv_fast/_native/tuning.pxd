@@ -79,6 +79,13 @@ cdef enum:  # decide how fast a call is
     BATCHES_PER_LOOK = 1 << 14
     # The scratch of a call is kept for the next one if it is not larger than this.
     KEPT_BYTES = 32 << 20
+    # The products of a layer (linear.pyx): features of a block, elements of a piece of the depth,
+    # tiles of a task, tasks for each thread, and the most rows for decode's kernels.
+    LINEAR_BLOCK = 64
+    LINEAR_DEPTH = 512
+    LINEAR_TILES = 4
+    LINEAR_TASKS_PER_THREAD = 4
+    MAX_LINEAR_DECODE_ROWS = 8
     # OpenBLAS serves at most so many threads. Each needs a buffer of 32 MiB and its stack, for
     # which OpenBLAS waits without end where there is no memory.
     MAX_BLAS_THREADS = 64
