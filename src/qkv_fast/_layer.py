@@ -132,6 +132,10 @@ class MultiHeadAttention:
         embed_dim = integer("embed_dim", embed_dim)
         num_heads = integer("num_heads", num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}: it must divide {num_heads}, num_heads"
+            )
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(

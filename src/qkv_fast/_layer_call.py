@@ -213,10 +213,11 @@ def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None
         weight = weights[first] if parts.fused is None else parts.fused[span]
         assert weight is not None
         y = np.empty((batch * length, span.stop - span.start), layer._real)
-        linear(source.reshape(-1, size), weight, layer._code, None if bias is None else bias[span],
+        linear(source.reshape(len(y), size), weight, layer._code, None if bias is None else bias[span],
                y, num_threads)  # fmt: skip
         for columns in np.split(y, np.cumsum(rows[first : last - 1]), axis=1):
-            heads.append(columns.reshape(batch, length, -1, layer.head_dim).swapaxes(1, 2))
+            sizes = (batch, length, columns.shape[1] // layer.head_dim, layer.head_dim)
+            heads.append(columns.reshape(sizes).swapaxes(1, 2))
     return heads
 
 
@@ -332,12 +333,12 @@ class Call:
     def mix(self, query: Array, entries: slice) -> None:
         """Write the output projection of the heads' results, which lie where the queries did."""
         parts, layer = self.layer._parts, self.layer
-        rows = query.swapaxes(1, 2).reshape(-1, layer._rows[0])
+        y = self.target.reals[entries].reshape(-1, layer.embed_dim)
+        rows = query.swapaxes(1, 2).reshape(len(y), layer._rows[0])
         bias = parts.output_bias
         linear(rows, parts.output, layer._code,
                None if bias is None else reals(bias, layer._code, layer._real),
-               self.target.reals[entries].reshape(-1, layer.embed_dim),
-               self.op.get("num_threads"))  # fmt: skip
+               y, self.op.get("num_threads"))  # fmt: skip
 
     def attend(self, need_weights: bool) -> Array | None:
         """Compute a call without a cache, some sequences at a time; return the weights or None."""
