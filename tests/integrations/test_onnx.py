@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -188,6 +189,17 @@ def test_values_may_have_another_type(engine, rng, size):
         exact = exact.astype(np.float16)
     assert np.isinf(exact).any() == (size > 1)
     np.testing.assert_allclose(y, exact, rtol=2**-10, atol=2**-14)
+
+
+def test_mixed_types_are_computed_in_one_that_holds_both():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ones = {name: np.ones(1, name) for name in ("float16", "float32", "float64")}
+    ones["bfloat16"] = np.ones(1, ml_dtypes.bfloat16)
+    for first, second in itertools.product(ones, ones):
+        wider = "float64" if "float64" in (first, second) else "float32"
+        expected = first if first == second else wider
+        got = adapter._common_dtype((ones[first], ones[first], ones[second]), None)
+        assert got.name == expected, (first, second)
 
 
 @pytest.mark.parametrize("opset", [23, 24])
