@@ -1,0 +1,56 @@
+"""Sphinx's settings for the documentation. It is built without a network:
+
+sphinx-build -W --keep-going -b html docs build/docs
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+
+import qkv_fast
+
+project = "qkv_fast"
+author = "the qkv_fast authors"
+version = release = qkv_fast.__version__
+
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+nitpicky = False  # types in docstrings are prose, such as "array, shape (..., Hq, Lq, D)"
+default_role = "py:obj"  # `name` is a link where there is such a name, else code
+
+# A link to a file outside docs/, such as ../examples/by_hand.py, becomes a download of that file;
+# MyST does so itself, and warns if there is none.
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+
+autodoc_typehints = "none"  # docstrings say more: shapes, dtypes and units
+numpydoc_show_class_members = False  # the reference lists them by task
+numpydoc_class_members_toctree = False
+
+html_theme = "furo"
+html_title = f"qkv_fast {release}"
+html_static_path = ["_static"]
+html_css_files = ["extra.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+html_math_renderer = "mathml"  # MathJax would be loaded from a network
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the renderer of formulas."""
+
+    def inline(writer: Any, node: nodes.math) -> None:
+        writer.body.append(tex2mathml(node.astext(), as_block=False))
+        raise nodes.SkipNode
+
+    def block(writer: Any, node: nodes.math_block) -> None:
+        writer.body.append(tex2mathml(node.astext(), as_block=True))
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    return {"parallel_read_safe": True}
