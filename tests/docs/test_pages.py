@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ def blocks_of(text: str) -> list[Block]:
     found: list[Block] = []
     end = -1  # of the Python block before, if only blank lines followed
     for fence in FENCE.finditer(text):
-        language, body = fence[3].strip(), textwrap.dedent(fence[4])
+        language, body = fence[3].strip(), re.sub(f"^{fence[1]}", "", fence[4], flags=re.MULTILINE)
         if language == "python":
             line = text.count("\n", 0, fence.start(4)) + 1
             found.append(Block(body, line, None))
