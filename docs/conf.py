@@ -21,7 +21,7 @@ version = release = qkv_fast.__version__
 
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
-nitpicky = False  # types in docstrings are prose, such as "array, shape (..., Hq, Lq, D)"
+nitpicky = False  # types in docstrings are prose: "array, shape (..., Hq, Lq, D)"
 default_role = "py:obj"  # `name` is a link where there is such a name, else code
 
 myst_heading_anchors = 3
@@ -45,8 +45,8 @@ html_math_renderer = "mathml"  # MathJax would be loaded from a network
 def link_outside_files(app: Sphinx, docname: str, source: list[str]) -> None:
     """Make a link to a file outside docs/ a download of that file.
 
-    MyST does so itself, with a warning if the file is not there, but takes each `.md` for a page.
-    Pages are written with plain relative links, so that they work in the repository too.
+    MyST does so itself, with a warning if the file is not there, but takes each `.md`
+    for a page. Pages have plain relative links, which work in the repository too.
     """
     folder = Path(app.env.doc2path(docname)).parent
 
