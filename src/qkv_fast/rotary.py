@@ -338,7 +338,7 @@ class Rotary:
             x, out = x[..., :dims], out[..., :dims]
         wide = code & ~SWAPPED == FLOAT64
         direct = _is_direct(x, code) and _is_direct(out, code_of(out.dtype))
-        in_one = direct and self.interleaved  # which needs no other memory than x and out
+        in_one = direct and self.interleaved  # needs no memory but that of x and out
         for span, table in self._spans(x.shape, where, wide):
             rows, to = (x, out) if span is None else (x[..., span, :], out[..., span, :])
             if in_one or rows.size * (8 if wide else 4) <= BLOCK:
@@ -510,9 +510,7 @@ def _given(out: Any, x: Array, code: int, uint16_is_bf16: bool) -> tuple[Array, 
 
 def _is_direct(array: Array, code: int) -> bool:
     """Return whether an array can be rotated, or rotated into, where it is."""
-    return (
-        code in (FLOAT32, FLOAT64) and array.strides[-1] == array.itemsize and array.flags.aligned
-    )
+    return code in (FLOAT32, FLOAT64) and array.strides[-1] == array.itemsize
 
 
 def _blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[Any, ...]]:
