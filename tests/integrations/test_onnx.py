@@ -395,7 +395,7 @@ def test_docstrings():
 
 
 def test_the_guide_runs(capsys):
-    text = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "integrations" / "onnx.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile("".join(blocks), "onnx.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == ["(1, 4, 24)", "(1, 3, 4, 4)"]
