@@ -213,8 +213,8 @@ def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None
         weight = weights[first] if parts.fused is None else parts.fused[span]
         assert weight is not None
         y = np.empty((batch * length, span.stop - span.start), layer._real)
-        linear(source.reshape(len(y), size), weight, layer._code, None if bias is None else bias[span],
-               y, num_threads)  # fmt: skip
+        linear(source.reshape(len(y), size), weight, layer._code,
+               None if bias is None else bias[span], y, num_threads)  # fmt: skip
         for columns in np.split(y, np.cumsum(rows[first : last - 1]), axis=1):
             sizes = (batch, length, columns.shape[1] // layer.head_dim, layer.head_dim)
             heads.append(columns.reshape(sizes).swapaxes(1, 2))
