@@ -230,6 +230,19 @@ def test_embeddings_are_unit_vectors_of_the_mean_in_the_order_of_the_texts():
     assert encoder.embed([]).shape == (0, WIDTH)
 
 
+def test_texts_of_similar_length_share_calls_of_limited_size(monkeypatch):
+    encoder, call, sizes = tiny_encoder(), Encoder.__call__, []
+
+    def counting(self, ids):
+        sizes.append((len(ids), min(map(len, ids)), max(map(len, ids))))
+        return call(self, ids)
+
+    monkeypatch.setattr(Encoder, "__call__", counting)
+    encoder.embed(["a " * 38, "b"] * 100)
+    assert sizes == [(51, 40, 40), (51, 3, 40), (98, 3, 3)]
+    assert 51 * 40 <= module.TOKENS_AT_ONCE < 52 * 40
+
+
 def test_tokens_and_ids():
     encoder = tiny_encoder()
     ids = encoder.encode("the cat the mat")

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny_bert import needs_minilm
 
+import qkv_fast
 from qkv_fast import plot
 
 
@@ -33,12 +35,23 @@ def test_docstrings_of_public_names(name):
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
 
 
+def blocks_of_the_guide(of_minilm):
+    guide = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    return "".join(block for block in blocks if ("find_minilm" in block) == of_minilm)
+
+
+@needs_minilm
+def test_the_guide_to_the_encoder_runs():
+    names = {"qkv_fast": qkv_fast}
+    exec(compile(blocks_of_the_guide(True), "pictures.md", "exec"), names)
+    assert names["weights_of_text"].shape == (6, 12, 9, 9)
+
+
 def test_the_guide_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    guide = Path(__file__).parents[2] / "docs" / "pictures.md"
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile("".join(blocks), "pictures.md", "exec"), {})
+    exec(compile(blocks_of_the_guide(False), "pictures.md", "exec"), {})
     assert {path.name for path in tmp_path.iterdir()} == {
         "attention.html",
         "entropy.png",
