@@ -30,12 +30,12 @@ def print_times(shape: tuple[int, ...]) -> None:
     """Print how long attention takes on each engine, for random inputs of a shape."""
     qkv = np.random.default_rng(0).standard_normal((3, *shape), np.float32)
     expected, attention = plain_numpy(*qkv), qkv_fast.scaled_dot_product_attention
-    plain = min(repeat(lambda: plain_numpy(*qkv), number=1, repeat=9))
+    plain = min(repeat(lambda: plain_numpy(*qkv), number=1, repeat=5))
     print(f"  {'plain NumPy':<20}{plain * 1e3:>8.2f} ms")
     for choice in qkv_fast.available_backends():
         with qkv_fast.backend(**choice):
             error = np.abs(attention(*qkv) - expected).max()
-            best = min(repeat(lambda: attention(*qkv), number=1, repeat=9))
+            best = min(repeat(lambda: attention(*qkv), number=1, repeat=5))
         speed = f"{best * 1e3:>8.2f} ms, {plain / best:.1f} times as fast"
         print(f"  {' '.join(choice.values()):<20}{speed}, difference {error:.0e}")
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     for i in np.argsort(-similarities):
         print(f"  {similarities[i]:6.3f}  {SENTENCES[i]}")
     shape = (1, heads, encoder.max_length, encoder.width // heads)
-    print(f"\nAttention of shape {shape}, (batch, heads, tokens, head size), fastest of 9 calls:")
+    print(f"\nAttention of shape {shape}, (batch, heads, tokens, head size), fastest of 5 calls:")
     print_times(shape)
 
 
