@@ -35,6 +35,7 @@ MODULES = [
     "_select",
     "_threads",
     "_varlen",
+    "rotary",
 ]
 
 
