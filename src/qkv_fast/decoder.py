@@ -1,6 +1,6 @@
-"""Llama-style decoders in NumPy: from token ids to the next token, with their tokenizers.
+"""Llama-style decoders in NumPy, with their tokenizers. Import it by name.
 
-    Decoder.from_gguf(path)                    the weights of a GGUF file
+    Decoder.from_gguf(find_smollm2())          SmolLM2-135M, from its package
     Decoder.from_state_dict(state, config)     weights by their names in Transformers
     Decoder.random(config)                     random weights, to try it out
     decoder(ids, caches)                       logits of the token that follows
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._dtypes import CODES, FLOAT32, FLOAT64, SWAPPED, Array, code_of, reals
-from ._gguf import Tokenizer, read_model
+from ._gguf import Tokenizer, find_smollm2, read_model
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
 from ._layer_weights import _readable as readable
@@ -31,12 +31,12 @@ from ._llama import SMALL, Config, random_state
 from ._options import Ints
 from ._problem.arguments import as_array, flag, integer, integers, real
 
-__all__ = ["Decoder", "Tokenizer"]
+__all__ = ["Decoder", "DecoderLayer", "Tokenizer", "find_smollm2"]
 
 MLP_ROWS = 256  # tokens whose hidden vectors are computed at a time; benches/bench_generate.py
 
 
-class Layer(NamedTuple):
+class DecoderLayer(NamedTuple):
     """The weights of a layer; norms are reals, matrices of the decoder's element type."""
 
     attention_norm: Array
@@ -88,7 +88,7 @@ class Decoder:
     >>> from qkv_fast.decoder import Decoder
     >>> decoder = Decoder.random(rng=0)
     >>> decoder
-    <Decoder 2 layers, hidden_size=64, vocab_size=256, dtype=float32, 106816 weights>
+    <Decoder layers=2, hidden_size=64, vocab_size=256, dtype=float32, weights=106816>
     >>> decoder([3, 1, 4]).shape
     (256,)
     >>> list(decoder.stream([3, 1, 4], 5))
@@ -124,7 +124,7 @@ class Decoder:
             if biases[0] in state:
                 gate_up_bias = np.concatenate([weights.vector(b, c.inner) for b in biases[:2]])
                 down_bias = weights.vector(biases[2], c.hidden)
-            layers.append(Layer(
+            layers.append(DecoderLayer(
                 weights.vector(f"{at}input_layernorm.weight", c.hidden), attention,
                 weights.vector(f"{at}post_attention_layernorm.weight", c.hidden),
                 np.concatenate([gate, up]), gate_up_bias,
@@ -212,7 +212,7 @@ class Decoder:
         --------
         >>> from qkv_fast.decoder import Decoder
         >>> Decoder.random({"num_hidden_layers": 1, "vocab_size": 100}, rng=0)
-        <Decoder 1 layers, hidden_size=64, vocab_size=100, dtype=float32, 49856 weights>
+        <Decoder layers=1, hidden_size=64, vocab_size=100, dtype=float32, weights=49856>
         """
         full = SMALL | dict(config or {})
         return cls(random_state(full, rng), full, dtype=dtype)
@@ -221,8 +221,8 @@ class Decoder:
         vocab, hidden = self.embedding.shape
         name = next(name for name, code in CODES.items() if code == self._code)
         count = sum(array.size for array in self._arrays())
-        return (f"<Decoder {len(self.layers)} layers, hidden_size={hidden}, vocab_size={vocab}, "
-                f"dtype={name}, {count} weights>")  # fmt: skip
+        return (f"<Decoder layers={len(self.layers)}, hidden_size={hidden}, vocab_size={vocab}, "
+                f"dtype={name}, weights={count}>")  # fmt: skip
 
     def _arrays(self) -> Iterator[Array]:
         yield from (self.embedding, self.norm)
@@ -332,7 +332,7 @@ class Decoder:
         linear(x, weight, self._code, bias, y, num_threads)
         return y
 
-    def _add_mlp(self, x: Array, layer: Layer, num_threads: int | None) -> None:
+    def _add_mlp(self, x: Array, layer: DecoderLayer, num_threads: int | None) -> None:
         """X += W_down (silu(W_gate y) * (W_up y)), where y = norm(x); in blocks of rows."""
         for begin in range(0, len(x), MLP_ROWS):
             rows = x[begin : begin + MLP_ROWS]
