@@ -32,13 +32,13 @@ import sys as _sys
 from ._attention import scaled_dot_product_attention
 from ._config import show_config
 from ._kv_cache import KVCache
+from ._layer import MultiHeadAttention
 from ._merge import merge_attention
 from ._paged import paged_attention
 from ._select import available_backends, backend
 from ._threads import get_num_threads, set_num_threads, threads
 from ._varlen import varlen_attention
 from ._weights import attention_weights
-from ._layer import MultiHeadAttention
 
 __version__ = "0.1.0"
 

@@ -251,8 +251,10 @@ class KVCache:
         MemoryError
             Too few free pages.
         """
-        pool, chosen = self._pool, self._chosen(sequences)
         key, value = as_array("key", key), as_array("value", value)
+        if sequences is None and counts is None and self._pool.append_alike(key, value):
+            return
+        pool, chosen = self._pool, self._chosen(sequences)
         for name, array, pages in (("key", key, pool.keys), ("value", value, pool.values)):
             if array.ndim != 4:
                 raise ValueError(

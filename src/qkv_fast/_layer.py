@@ -132,6 +132,10 @@ class MultiHeadAttention:
         embed_dim = integer("embed_dim", embed_dim)
         num_heads = integer("num_heads", num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}: it must divide {num_heads}, num_heads"
+            )
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(
@@ -444,10 +448,11 @@ class MultiHeadAttention:
             Shapes and dtypes that don't fit. `out` is untouched, and so is the cache unless it has
             a window and gave pages back.
         """
-        result, weights = _layer_call.run(
-            self, x, context, attn_mask, key_padding_mask, cache, rotary, positions, out, is_causal,
-            flag("need_weights", need_weights), dict(options),
+        call = _layer_call.Call(
+            self, x, context, cache, rotary, positions, (attn_mask, key_padding_mask), out,
+            {**options, "is_causal": is_causal},
         )  # fmt: skip
+        result, weights = call.run(flag("need_weights", need_weights))
         return result if weights is None else (result, weights)
 
     def fill(self, cache: KVCache, context: Any) -> None:
@@ -462,4 +467,5 @@ class MultiHeadAttention:
         key, value = _layer_call.context_pair(self, context)
         _layer_call.check_cache(self, cache, len(key))
         _, key, value = _layer_call.project(self, (None, key, value), None)
+        _layer_call.place(self, None, key, None, 0)
         cache.append(key, value)

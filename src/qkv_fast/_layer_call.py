@@ -34,6 +34,7 @@ from ._kv_cache import KVCache
 from ._linear import linear
 from ._options import Ints
 from ._problem.arguments import as_array, plain
+from ._threads import checked
 from ._weights import attention_weights
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from .rotary import Rotary
 
 ROWS_AT_ONCE = 1024
-
-
 Sources = tuple[Array | None, Array | None, Array | None]  # vectors for queries, keys, values
 
 
@@ -102,8 +101,10 @@ def context_pair(layer: MultiHeadAttention, context: Any) -> tuple[Array, Array]
     return both, both
 
 
-def combined_mask(attn_mask: Any, padding: Any, batch: int, keys: int, has_cache: bool) -> Mask:
-    """Return what both masks leave; padding at the ends of sequences becomes lengths."""
+def combined_mask(
+    attn_mask: Any, padding: Any, batch: int, keys: int, *, may_shorten: bool = True
+) -> Mask:
+    """Return what both masks leave; padding at the ends may become lengths of sequences."""
     mask = None if attn_mask is None else plain("attn_mask", attn_mask)
     if padding is None:
         return Mask(mask, None)
@@ -117,7 +118,7 @@ def combined_mask(attn_mask: Any, padding: Any, batch: int, keys: int, has_cache
     lengths = np.zeros(batch, np.int64)  # up to the last key that is none
     if keys:
         lengths = np.where(padding.all(axis=1), 0, keys - padding[:, ::-1].argmin(axis=1))
-    if not has_cache and np.array_equal(padding, np.arange(keys) >= lengths[:, np.newaxis]):
+    if may_shorten and np.array_equal(padding, np.arange(keys) >= lengths[:, np.newaxis]):
         return Mask(mask, lengths)
     allowed = ~padding[:, np.newaxis, np.newaxis]
     if mask is None:
@@ -131,6 +132,17 @@ def combined_mask(attn_mask: Any, padding: Any, batch: int, keys: int, has_cache
             "or bfloat16"
         )
     return Mask(np.where(allowed, reals(mask, code), -np.inf), None)
+
+
+def check_cache(layer: MultiHeadAttention, cache: KVCache, batch: int) -> None:
+    """Check that a cache is one for the layer's keys and values."""
+    pages, values = cache.key_pages, cache.value_pages
+    sizes = (len(cache.lengths), pages.shape[1], pages.shape[3], values.shape[3])
+    wanted = (batch, layer.num_kv_heads, layer.head_dim, layer.head_dim)
+    if sizes != wanted:
+        raise ValueError(
+            f"the cache has batch, key heads and head sizes {sizes}: they must be {wanted}"
+        )
 
 
 class Target:
@@ -201,10 +213,11 @@ def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None
         weight = weights[first] if parts.fused is None else parts.fused[span]
         assert weight is not None
         y = np.empty((batch * length, span.stop - span.start), layer._real)
-        linear(source.reshape(-1, size), weight, layer._code, None if bias is None else bias[span],
-               y, num_threads)  # fmt: skip
+        linear(source.reshape(len(y), size), weight, layer._code,
+               None if bias is None else bias[span], y, num_threads)  # fmt: skip
         for columns in np.split(y, np.cumsum(rows[first : last - 1]), axis=1):
-            heads.append(columns.reshape(batch, length, -1, layer.head_dim).swapaxes(1, 2))
+            sizes = (batch, length, columns.shape[1] // layer.head_dim, layer.head_dim)
+            heads.append(columns.reshape(sizes).swapaxes(1, 2))
     return heads
 
 
@@ -216,22 +229,15 @@ def normalize(layer: MultiHeadAttention, x: Array, weight: Array) -> None:
 
 
 def place(
-    layer: MultiHeadAttention, query: Array, key: Array, rotary: Rotary | None, positions: Any
-) -> None:
+    layer: MultiHeadAttention, query: Array | None, key: Array | None, rotary: Rotary | None,
+    positions: Any,
+) -> None:  # fmt: skip
     """Normalise and rotate queries and keys in place, where the layer and the call want that."""
     for x, weight in ((query, layer._parts.query_norm), (key, layer._parts.key_norm)):
-        if weight is not None:
+        if x is not None and weight is not None:
             normalize(layer, x, weight)
-        if rotary is not None:
+        if x is not None and rotary is not None:
             rotary(x, positions, out=x)
-
-
-def mix(layer: MultiHeadAttention, query: Array, y: Array, num_threads: int | None) -> None:
-    """Write to y the output projection of the heads' results, which lie where the queries did."""
-    parts = layer._parts
-    rows = query.swapaxes(1, 2).reshape(-1, layer._rows[0])
-    bias = None if parts.output_bias is None else reals(parts.output_bias, layer._code, layer._real)
-    linear(rows, parts.output, layer._code, bias, y.reshape(-1, y.shape[-1]), num_threads)
 
 
 def cached_keys(cache: KVCache, real: Any) -> Array:
@@ -258,102 +264,6 @@ def cached_keys(cache: KVCache, real: Any) -> Array:
     return keys
 
 
-# --- A call ---------------------------------------------------------------------------------------
-
-
-def run(
-    layer: MultiHeadAttention,
-    x: Any,
-    context: Any,
-    attn_mask: Any,
-    key_padding_mask: Any,
-    cache: KVCache | None,
-    rotary: Rotary | None,
-    positions: Ints | None,
-    out: Any,
-    is_causal: bool,
-    need_weights: bool,
-    options: dict[str, Any],
-) -> tuple[Any, Array | None]:
-    """Return the result and, if they are needed, the weights."""
-    given, vectors = tokens(layer, "x", x, layer.embed_dim)
-    batch, length = vectors.shape[:2]
-    stored = context if isinstance(context, KVCache) else cache
-    pair = None
-    if context is not None:
-        if rotary is not None or cache is not None:
-            raise ValueError("a context goes with neither rotary nor cache")
-        if stored is None:
-            pair = context_pair(layer, context)
-            if len(pair[0]) != batch:
-                raise ValueError(f"context has batch {len(pair[0])}, but x has {batch}")
-    elif layer._parts.fused is None:
-        raise ValueError("kdim or vdim differ from embed_dim: a context must be given")
-    if stored is not None:
-        check_cache(layer, stored, batch)
-    target = Target(given, vectors, [] if pair is None else list(pair), out)
-    op = dict(options, is_causal=is_causal, scale=layer.scale)
-    threads = op.get("num_threads")
-    weights: Array | None = None
-    if stored is None:
-        keys = length if pair is None else pair[0].shape[1]
-        mask = combined_mask(attn_mask, key_padding_mask, batch, keys, False)
-        place_at: Any = 0 if positions is None else plain("positions", positions)
-        if need_weights:
-            weights = np.empty((batch, layer.num_heads, length, keys), layer._real)
-        for entries in groups(batch, length, op):
-            x = vectors[entries]
-            sources = (x, x, x) if pair is None else (x, pair[0][entries], pair[1][entries])
-            if pair is not None and pair[0] is pair[1]:
-                sources = (x, sources[1], sources[1])
-            query, key, value = project(layer, sources, threads)
-            at = place_at[entries] if np.ndim(place_at) == 2 and len(place_at) > 1 else place_at
-            place(layer, query, key, rotary, at)
-            visible = mask.of(entries)
-            if weights is not None:
-                attention_weights(query, key, enable_gqa=True, out=weights[entries], **visible,
-                                  **op)  # fmt: skip
-            scaled_dot_product_attention(query, key, value, enable_gqa=True, out=query, **visible,
-                                         **op)  # fmt: skip
-            mix(layer, query, target.reals[entries], threads)
-    else:
-        with restored(cache):
-            query = store_and_query(layer, vectors, stored, cache is not None, rotary, positions,
-                                    threads)  # fmt: skip
-            mask = combined_mask(attn_mask, key_padding_mask, batch, int(max(stored.lengths)), True)
-            lengths = stored.lengths
-            if need_weights:
-                weights = attention_weights(
-                    query, cached_keys(stored, layer._real), mask.attn_mask, enable_gqa=True,
-                    key_lengths=lengths, query_offset=lengths - length, **op)  # fmt: skip
-            stored.attend(query, mask.attn_mask, out=query, **op)
-            mix(layer, query, target.reals, threads)
-    if weights is not None and given.ndim == 2:
-        weights = weights[0]
-    return target.finish(), weights
-
-
-def groups(batch: int, length: int, op: dict[str, Any]) -> Iterator[slice]:
-    """Yield the sequences that are taken together."""
-    step = max(1, ROWS_AT_ONCE // max(1, length))
-    slopes: Any = op.get("alibi_slopes")
-    if np.ndim(slopes) > 1:  # of the whole batch
-        step = max(1, batch)
-    for begin in range(0, batch, step):
-        yield slice(begin, min(batch, begin + step))
-
-
-def check_cache(layer: MultiHeadAttention, cache: KVCache, batch: int) -> None:
-    """Check that a cache is one for the layer's keys and values."""
-    pages, values = cache.key_pages, cache.value_pages
-    sizes = (len(cache.lengths), pages.shape[1], pages.shape[3], values.shape[3])
-    wanted = (batch, layer.num_kv_heads, layer.head_dim, layer.head_dim)
-    if sizes != wanted:
-        raise ValueError(
-            f"the cache has batch, key heads and head sizes {sizes}: they must be {wanted}"
-        )
-
-
 @contextlib.contextmanager
 def restored(cache: KVCache | None) -> Iterator[None]:
     """Take the tokens off the cache that a call has appended before it raised."""
@@ -367,26 +277,129 @@ def restored(cache: KVCache | None) -> Iterator[None]:
         raise
 
 
-def store_and_query(
-    layer: MultiHeadAttention,
-    vectors: Array,
-    cache: KVCache,
-    appends: bool,
-    rotary: Rotary | None,
-    positions: Ints | None,
-    num_threads: int | None,
-) -> Array:
-    """Return the queries of some vectors, whose keys and values a cache takes if it `appends`."""
-    if not appends:
-        query: Array = project(layer, (vectors, None, None), num_threads)[0]
-        return query
-    query, key, value = project(layer, (vectors,) * 3, num_threads)
-    at: Any = positions
-    if positions is None:
-        begin = cache.lengths
-        at = begin[:, np.newaxis] + np.arange(vectors.shape[1])
-        if (begin == begin[:1]).all():
-            at = int(begin[:1].sum())
-    place(layer, query, key, rotary, at)
-    cache.append(key, value)
-    return query
+# --- A call ---------------------------------------------------------------------------------------
+
+
+class Call:
+    """One call of a layer: its checked arguments, and the two ways to compute it."""
+
+    def __init__(
+        self,
+        layer: MultiHeadAttention,
+        x: Any,
+        context: Any,
+        cache: KVCache | None,
+        rotary: Rotary | None,
+        positions: Ints | None,
+        masks: tuple[Any, Any],
+        out: Any,
+        options: dict[str, Any],
+    ) -> None:
+        given, self.x = tokens(layer, "x", x, layer.embed_dim)
+        self.layer, self.rotary, self.positions, self.masks = layer, rotary, positions, masks
+        self.is_batch = given.ndim == 3
+        self.batch, self.length = self.x.shape[:2]
+        self.cache = context if isinstance(context, KVCache) else cache
+        self.appends = cache is not None
+        self.pair: tuple[Array, Array] | None = None
+        if context is not None and (rotary is not None or cache is not None):
+            raise ValueError("context goes with neither rotary nor cache")
+        if context is None and layer._parts.fused is None:
+            raise ValueError("kdim or vdim differ from embed_dim: a context must be given")
+        if self.cache is not None:
+            check_cache(layer, self.cache, self.batch)
+        elif context is not None:
+            self.pair = context_pair(layer, context)
+            if len(self.pair[0]) != self.batch:
+                raise ValueError(f"context has batch {len(self.pair[0])}, but x has {self.batch}")
+        self.target = Target(given, self.x, list(self.pair or ()), out)
+        self.op = options | {"scale": layer.scale}
+        if options.get("num_threads") is not None:
+            checked(options["num_threads"])
+
+    def run(self, need_weights: bool) -> tuple[Any, Array | None]:
+        """Return the result and, if they are needed, the weights."""
+        if self.cache is None:
+            weights = self.attend(need_weights)
+        else:
+            with restored(self.cache if self.appends else None):
+                weights = self.attend_cache(self.cache, need_weights)
+        result = self.target.finish()
+        return result, weights if weights is None or self.is_batch else weights[0]
+
+    def project(self, sources: Sources) -> list[Any]:
+        return project(self.layer, sources, self.op.get("num_threads"))
+
+    def mix(self, query: Array, entries: slice) -> None:
+        """Write the output projection of the heads' results, which lie where the queries did."""
+        parts, layer = self.layer._parts, self.layer
+        y = self.target.reals[entries].reshape(-1, layer.embed_dim)
+        rows = query.swapaxes(1, 2).reshape(len(y), layer._rows[0])
+        bias = parts.output_bias
+        linear(rows, parts.output, layer._code,
+               None if bias is None else reals(bias, layer._code, layer._real),
+               y, self.op.get("num_threads"))  # fmt: skip
+
+    def attend(self, need_weights: bool) -> Array | None:
+        """Compute a call without a cache, some sequences at a time; return the weights or None."""
+        layer = self.layer
+        keys = self.length if self.pair is None else self.pair[0].shape[1]
+        mask = combined_mask(*self.masks, self.batch, keys)
+        positions: Any = 0 if self.positions is None else plain("positions", self.positions)
+        each = np.ndim(positions) == 2 and len(positions) > 1
+        weights = None
+        if need_weights:
+            weights = np.empty((self.batch, layer.num_heads, self.length, keys), layer._real)
+        for entries in self.groups():
+            x = self.x[entries]
+            sources: Sources = (x, x, x)
+            if self.pair is not None:
+                key = self.pair[0][entries]
+                sources = (x, key, key if self.pair[1] is self.pair[0] else self.pair[1][entries])
+            query, key, value = self.project(sources)
+            place(layer, query, key, self.rotary, positions[entries] if each else positions)
+            op = self.op | mask.of(entries)
+            if weights is not None:
+                attention_weights(query, key, enable_gqa=True, out=weights[entries], **op)
+            scaled_dot_product_attention(query, key, value, enable_gqa=True, out=query, **op)
+            self.mix(query, entries)
+        return weights
+
+    def groups(self) -> Iterator[slice]:
+        """Yield the sequences that are taken together."""
+        step = max(1, ROWS_AT_ONCE // max(1, self.length))
+        slopes: Any = self.op.get("alibi_slopes")
+        if np.ndim(slopes) > 1:  # of the whole batch
+            step = max(1, self.batch)
+        for begin in range(0, self.batch, step):
+            yield slice(begin, min(self.batch, begin + step))
+
+    def attend_cache(self, cache: KVCache, need_weights: bool) -> Array | None:
+        """Compute a call whose keys are, or come to be, in a cache."""
+        layer = self.layer
+        if self.appends:
+            query, key, value = self.project((self.x, self.x, self.x))
+            place(layer, query, key, self.rotary, self.positions_behind(cache.lengths))
+            cache.append(key, value)
+        else:
+            query = self.project((self.x, None, None))[0]
+            place(layer, query, None, None, 0)
+        lengths = cache.lengths
+        longest = int(lengths.max(initial=0))
+        mask = combined_mask(*self.masks, self.batch, longest, may_shorten=False).attn_mask
+        weights = None
+        if need_weights:
+            weights = attention_weights(
+                query, cached_keys(cache, layer._real), mask, enable_gqa=True,
+                key_lengths=lengths, query_offset=lengths - self.length, **self.op)  # fmt: skip
+        cache.attend(query, mask, out=query, **self.op)
+        self.mix(query, slice(None))
+        return weights
+
+    def positions_behind(self, lengths: Array) -> Any:
+        """Return the positions of x: those given, or those behind the tokens of the cache."""
+        if self.positions is not None:
+            return self.positions
+        if (lengths == lengths[:1]).all():
+            return int(lengths[:1].sum())
+        return lengths[:, np.newaxis] + np.arange(self.length)

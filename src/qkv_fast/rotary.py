@@ -48,7 +48,7 @@ from ._problem.arguments import (
     shown,
     wants_bf16_bits,
 )
-from ._problem.output import _may_change, _overlaps_itself, _repeats, _same_memory
+from ._problem.output import may_change, overlaps_itself, repeats, same_memory
 from ._rotary_config import Keys
 from ._rotary_scaling import LinearScaling, Llama3Scaling, NTKScaling, Scaling, YaRNScaling
 
@@ -338,7 +338,7 @@ class Rotary:
             x, out = x[..., :dims], out[..., :dims]
         wide = code & ~SWAPPED == FLOAT64
         direct = _is_direct(x, code) and _is_direct(out, code_of(out.dtype))
-        in_one = direct and self.interleaved  # which needs no other memory than x and out
+        in_one = direct and self.interleaved  # needs no memory but that of x and out
         for span, table in self._spans(x.shape, where, wide):
             rows, to = (x, out) if span is None else (x[..., span, :], out[..., span, :])
             if in_one or rows.size * (8 if wide else 4) <= BLOCK:
@@ -479,7 +479,7 @@ def _where(given: Any, batch: tuple[int, ...], length: int) -> int | Array:
 def _new_like(x: Array) -> Array:
     """Return a new array, laid out in memory as x is."""
     dtype = result_dtype(x.dtype)
-    return np.empty(x.shape, dtype) if _repeats(x) else np.empty_like(x, dtype)
+    return np.empty(x.shape, dtype) if repeats(x) else np.empty_like(x, dtype)
 
 
 def _given(out: Any, x: Array, code: int, uint16_is_bf16: bool) -> tuple[Array, Array]:
@@ -499,20 +499,18 @@ def _given(out: Any, x: Array, code: int, uint16_is_bf16: bool) -> tuple[Array, 
         )
     if not array.flags.writeable:
         raise ValueError("out is read-only")
-    if array.size and (_repeats(array) or _overlaps_itself(array)):
+    if array.size and (repeats(array) or overlaps_itself(array)):
         raise ValueError("out shows some of its memory more than once")
     if array is x or not np.may_share_memory(array, x):
         return array, x
-    if _same_memory(array, x):
+    if same_memory(array, x):
         return array, array
-    return array, x.copy() if _may_change(array, x) else x
+    return array, x.copy() if may_change(array, x) else x
 
 
 def _is_direct(array: Array, code: int) -> bool:
     """Return whether an array can be rotated, or rotated into, where it is."""
-    return (
-        code in (FLOAT32, FLOAT64) and array.strides[-1] == array.itemsize and array.flags.aligned
-    )
+    return code in (FLOAT32, FLOAT64) and array.strides[-1] == array.itemsize
 
 
 def _blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[Any, ...]]:

@@ -7,14 +7,12 @@ import importlib
 import pickle
 import pydoc
 import re
-from pathlib import Path
 
 import pytest
 from helpers import run_python
 
 import qkv_fast
 
-ROOT = Path(__file__).parents[2]
 MODULES = [
     "bench.shapes",
     "_attention",
@@ -55,14 +53,6 @@ def test_docstrings_of_public_names(name):
     assert examples
     for test in examples:
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
-
-
-def test_readme_blocks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_every_public_name_is_documented():

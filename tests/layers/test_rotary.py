@@ -329,8 +329,20 @@ class TestTransformers:
         "yarn, attention_factor": {"rope_type": "yarn", "factor": 40, "attention_factor": 1.5},
         "yarn, two far ends": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e6,
                                "beta_slow": 1e-9, "rope_theta": 100.0},
-        "yarn, one pair": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e-9,
-                           "beta_slow": 1e-9, "rope_theta": 100.0, "truncate": False},
+        "yarn, one pair": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 2,
+            "beta_slow": 2,
+            "truncate": False,
+        },
+        "yarn, beyond the last pair": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 1e-9,
+            "beta_slow": 1e-9,
+            "rope_theta": 100.0,
+        },
         "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                    "original_max_position_embeddings": 128},
         "llama3 of a config's context": {"rope_type": "llama3", "factor": 8.0,
@@ -359,9 +371,8 @@ class TestTransformers:
         more = {"partial_rotary_factor": share} if share < 1 else {}
         config = self.config(llama, name, **more)
         kind = config.rope_parameters["rope_type"]
-        default = llama.LlamaRotaryEmbedding.compute_default_rope_parameters
-        if kind == "default" and share < 1:
-            pytest.skip("Llama's default ignores the share")
+        phi = pytest.importorskip("transformers.models.phi.modeling_phi")
+        default = phi.PhiRotaryEmbedding.compute_default_rope_parameters  # Llama's has no share
         expected, amplitude = ROPE_INIT_FUNCTIONS.get(kind, default)(config, seq_len=length)
         rotary = Rotary.from_config(config.to_dict())
         assert rotary.dims == 64 * share
@@ -655,6 +666,33 @@ def test_a_call_of_another_length_has_no_influence_on_dynamic_scaling(rng):
     assert np.array_equal(rotary(x[:, :50]), short)
     one = rotary(x[:, 299:], 299)
     assert np.array_equal(one, long[:, 299:])
+
+
+def test_scalings_at_their_limits():
+    assert Rotary(2, scaling=NTKScaling(2.0, 100)).frequencies(5000).tolist() == [1.0]
+    assert YaRNScaling(0.5, 100).amplitude == 1.0
+    assert YaRNScaling(2.0, 100, attention_factor=0.0).amplitude == 0.0
+
+
+@pytest.mark.parametrize("size", [1, 100, 2000, 10_000])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 50, 32), (5, 40, 3, 1, 32), (2, 3, 4, 5, 32), (50, 32), (1, 1, 1, 32)]
+)
+def test_blocks(shape, size):
+    """They cover all once, and are as few as the size allows."""
+    seen = np.zeros(shape, int)
+    least = 32 * (shape[-3] if len(shape) > 2 else 1)
+    blocks = [seen[i] for i in rotary_module._blocks(shape, size)]
+    for block in blocks:
+        block += 1
+        assert block.ndim >= min(3, len(shape))
+        assert block.size <= max(size, least)
+    assert (seen == 1).all()
+    entry = least * shape[-2]
+    if entry < size:
+        assert len(blocks) <= np.prod(shape[:-4]) * -(-shape[-4:][0] // (size // entry))
+    else:
+        assert len(blocks) == seen.size // entry * -(-shape[-2] // max(1, size // least))
 
 
 def test_frequencies_are_a_copy():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import re
-from pathlib import Path
 
 import pytest
+from tiny_bert import needs_minilm
 
+import qkv_fast
 from qkv_fast import plot
 
 
@@ -31,16 +31,3 @@ def test_docstrings_of_public_names(name):
     assert examples
     for test in examples:
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
-
-
-def test_the_guide_runs(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    guide = Path(__file__).parents[2] / "docs" / "pictures.md"
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile("".join(blocks), "pictures.md", "exec"), {})
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "attention.html",
-        "entropy.png",
-        "layer0.png",
-    }

@@ -9,10 +9,15 @@ nothing has to be packed:
 
 A block is computed whole, whatever its span.
 
+A layer's whole product is one GEMM, which OpenBLAS computes on threads of its own:
+
+    linear      Yᵀ  = gemm('T', 'N', features, rows, depth;   W, X)
+
 Importing this module imports SciPy's, which takes a quarter of a second: engine.pyx does so on the
 first use of BLAS only.
 """
 
+cimport numpy as cnp
 from libc.stdlib cimport free, malloc
 from scipy.linalg.cython_blas cimport dgemm, sgemm
 
@@ -23,7 +28,11 @@ from .kernels cimport (
 from .tuning cimport BLAS_THREAD_BYTES, MAX_BLAS_THREADS, MAX_LANES, MAX_TABLES
 from .types cimport real
 
+import numpy as np
+
 from .. import _threads
+
+cnp.import_array()
 
 cdef enum:
     TILE = MAX_LANES
@@ -145,3 +154,50 @@ def limit_threads(int budget):
         free(probe)
         threads_with_buffers = budget
     return budget
+
+
+cdef void whole_product(const real *x, const real *weight, real *y, int *sizes,
+                        bint adds) noexcept nogil:
+    """y (+)= x weightᵀ; sizes: features, rows, depth and the distances of weight's, x's, y's rows"""
+    cdef char transposed = b"T", plain = b"N"
+    cdef real one = 1, beta = 1 if adds else 0
+    if real is float:
+        sgemm(&transposed, &plain, &sizes[0], &sizes[1], &sizes[2], &one, <real *>weight,
+              &sizes[3], <real *>x, &sizes[4], &beta, y, &sizes[5])
+    else:
+        dgemm(&transposed, &plain, &sizes[0], &sizes[1], &sizes[2], &one, <real *>weight,
+              &sizes[3], <real *>x, &sizes[4], &beta, y, &sizes[5])
+
+
+cdef bint fits_gemm(array) except -1:
+    """Return whether GEMM can take a matrix with unit stride: aligned, its distances ints."""
+    item, row = array.itemsize, array.strides[0]
+    return bool(array.flags.aligned and row % item == 0
+                and max(1, array.shape[1]) <= row // item < 1 << 31 and max(array.shape) < 1 << 31)
+
+
+def linear(x, weight, bias, y):
+    """Compute y = x weightᵀ + bias on BLAS's threads; the types are all float or all double."""
+    cdef int[6] sizes
+    cdef const void *x_data
+    cdef const void *weight_data
+    cdef void *y_data
+    cdef bint adds = bias is not None, wide = y.dtype.itemsize == 8
+    target = y if fits_gemm(y) else np.empty(y.shape, y.dtype)
+    x = x if fits_gemm(x) else np.array(x, order="C")
+    weight = weight if fits_gemm(weight) else np.array(weight, order="C")
+    sizes = [weight.shape[0], x.shape[0], x.shape[1]] + [
+        max(1, array.strides[0] // array.itemsize) for array in (weight, x, target)]
+    if adds:
+        target[...] = bias
+    x_data, weight_data = cnp.PyArray_DATA(x), cnp.PyArray_DATA(weight)
+    y_data = cnp.PyArray_DATA(target)
+    with nogil:
+        if wide:
+            whole_product(<const double *>x_data, <const double *>weight_data, <double *>y_data,
+                          sizes, adds)
+        else:
+            whole_product(<const float *>x_data, <const float *>weight_data, <float *>y_data,
+                          sizes, adds)
+    if target is not y:
+        y[...] = target

@@ -264,6 +264,10 @@ cdef class Runner:
         cdef int threads
         if y.size == 0:
             return
+        if self.uses_blas and weight.dtype == y.dtype:
+            blas.limit_threads(num_threads)
+            blas.linear(x, weight, bias, y)
+            return
         memset(&call, 0, sizeof(LinearCall))
         view_linear(&call, self.decode, x, weight, weight_code, bias, y)
         threads = begin_call(call.work, num_threads)

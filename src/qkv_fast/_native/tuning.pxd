@@ -43,6 +43,12 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     # rounded to 4e-3, so their sums need it less often.
     FOLD_KEYS = 4096
     FOLD_KEYS_BFLOAT16 = 1 << 16
+    # Elements of a piece of the depth in a layer's products: with AVX2 kernels 256 are 7 % faster
+    # than 512 (1024 rows, 768 inputs, 2304 features on Zen 4); with AVX-512 both are equally fast.
+    LINEAR_DEPTH = 256
+    # Rows of a layer's product for decode's kernels: 8 take 0.28 ms, 9 to 16 take 0.56 ms in tiles
+    # (768 inputs, 2304 features on Zen 4 with AVX-512).
+    MAX_LINEAR_DECODE_ROWS = 8
     # Decode kernels are not faster than query tiles beyond so many rows (decode.py, --queries).
     MAX_DECODE_ROWS = 32
 
@@ -79,13 +85,12 @@ cdef enum:  # decide how fast a call is
     BATCHES_PER_LOOK = 1 << 14
     # The scratch of a call is kept for the next one if it is not larger than this.
     KEPT_BYTES = 32 << 20
-    # The products of a layer (linear.pyx): features of a block, elements of a piece of the depth,
-    # tiles of a task, tasks for each thread, and the most rows for decode's kernels.
+    # The products of a layer (linear.pyx), chosen on Zen 4 with AVX-512 and with AVX2 kernels
+    # (bench_layers.py). Features of a block: 128 and 32 are up to 10 % slower with AVX2. Tiles of a
+    # task: 2 and 8 are up to 10 % slower.
     LINEAR_BLOCK = 64
-    LINEAR_DEPTH = 512
     LINEAR_TILES = 4
     LINEAR_TASKS_PER_THREAD = 4
-    MAX_LINEAR_DECODE_ROWS = 8
     # OpenBLAS serves at most so many threads. Each needs a buffer of 32 MiB and its stack, for
     # which OpenBLAS waits without end where there is no memory.
     MAX_BLAS_THREADS = 64

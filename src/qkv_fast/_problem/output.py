@@ -37,7 +37,7 @@ def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
         dtype = result_dtype(dtype)
     shape = like.shape[:-1] + p.value.shape[-1:]
     if out is None:
-        if like.flags.c_contiguous or _repeats(like):
+        if like.flags.c_contiguous or repeats(like):
             rows = np.empty(shape, dtype)
         else:
             rows = np.empty_like(like, dtype=dtype, shape=shape)
@@ -122,18 +122,18 @@ def _can_be_written_to(p: Problem, out: Array) -> bool:
     """Return whether an engine may write to `out` while it reads the inputs."""
     if not out.dtype.isnative:
         return False
-    if not out.flags.c_contiguous and (_repeats(out) or (out.size and _overlaps_itself(out))):
+    if not out.flags.c_contiguous and (repeats(out) or (out.size and overlaps_itself(out))):
         return False
     if p.stage and not (out.flags.aligned and _has_unit_stride(out)):
         return False
     query = p.caller_query
-    in_place = not p.stage and _same_memory(out, query)
-    if not in_place and _may_change(out, query):
+    in_place = not p.stage and same_memory(out, query)
+    if not in_place and may_change(out, query):
         return False
     inputs = (p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
               p.key_lengths, p.key_scales, p.value_scales, p.block_table, p.query_starts,
               p.query_lengths, p.key_starts)  # fmt: skip
-    return not any([array is not None and _may_change(out, array) for array in inputs])
+    return not any([array is not None and may_change(out, array) for array in inputs])
 
 
 def _has_unit_stride(array: Array) -> bool:
@@ -141,12 +141,12 @@ def _has_unit_stride(array: Array) -> bool:
     return array.strides[-1] == array.itemsize or array.shape[-1] <= 1
 
 
-def _repeats(array: Array) -> bool:
+def repeats(array: Array) -> bool:
     """Return whether some axis shows the same memory more than once."""
     return any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True))
 
 
-def _overlaps_itself(array: Array) -> bool:
+def overlaps_itself(array: Array) -> bool:
     """Return whether elements may overlap: never if contiguous in some order of the axes."""
     if array.flags.c_contiguous or array.flags.f_contiguous:
         return False
@@ -159,7 +159,7 @@ def _overlaps_itself(array: Array) -> bool:
     return False
 
 
-def _same_memory(a: Array, b: Array) -> bool:
+def same_memory(a: Array, b: Array) -> bool:
     return (
         a.shape == b.shape
         and a.strides == b.strides
@@ -168,7 +168,7 @@ def _same_memory(a: Array, b: Array) -> bool:
     )
 
 
-def _may_change(out: Array, array: Array) -> bool:
+def may_change(out: Array, array: Array) -> bool:
     """Return whether writing `out` may change what is still to be read of an input.
 
     A task reads all its queries before it writes their rows, so `out` may be the query itself,
