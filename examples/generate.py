@@ -13,7 +13,7 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from qkv_fast.decoder import Decoder, Tokenizer, find_smollm2
+from qkv_fast.decoder import Decoder, Tokenizer, find_smollm2, open_gguf
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -37,8 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         ids = [int(word) % 256 for word in options.prompt.split() if word.isdigit()] or [3, 1, 4]
     else:
         try:
-            tokenizer = Tokenizer.from_gguf(find_smollm2())
-            decoder = Decoder.from_gguf(find_smollm2(), dtype=options.dtype)
+            file = open_gguf(find_smollm2())
+            tokenizer = Tokenizer.from_gguf(file)
+            decoder = Decoder.from_gguf(file, dtype=options.dtype)
             ids = tokenizer.chat(options.prompt)
         except ImportError as error:
             raise SystemExit(f"{error}\nor try --random") from error

