@@ -466,6 +466,6 @@ class MultiHeadAttention:
         """
         key, value = _layer_call.context_pair(self, context)
         _layer_call.check_cache(self, cache, len(key))
-        _, key, value = _layer_call.project(self, (None, key, value), None)
-        _layer_call.place(self, None, key, None, 0)
-        cache.append(key, value)
+        heads = _layer_call.project(self, (None, key, value), None)
+        _layer_call.place(self, heads, None, 0)
+        cache.append(heads.key, heads.value)

@@ -45,6 +45,15 @@ ROWS_AT_ONCE = 1024
 Sources = tuple[Array | None, Array | None, Array | None]  # vectors for queries, keys, values
 
 
+class Heads(NamedTuple):
+    """Views (batch, heads, length, head size) of what the projections gave; None for no vectors."""
+
+    query: Any
+    key: Any
+    value: Any
+    rotated: Any  # queries and keys as one array, where they come from one product
+
+
 class Mask(NamedTuple):
     """What a batch may look at: `attn_mask` and `key_lengths` of the op."""
 
@@ -190,8 +199,8 @@ class Target:
 # --- Steps ----------------------------------------------------------------------------------------
 
 
-def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None) -> list[Any]:
-    """Return the heads of the vectors for queries, for keys and for values; None for None.
+def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None) -> Heads:
+    """Return the heads of the vectors for queries, for keys and for values.
 
     The arrays are (batch, length, size) of contiguous reals. Neighbours that are the same array
     are one product.
@@ -200,6 +209,7 @@ def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None
     weights = (parts.query, parts.key, parts.value)
     bias = None if parts.bias is None else reals(parts.bias, layer._code, layer._real)
     heads: list[Any] = []
+    rotated = None
     while len(heads) < 3:
         first = len(heads)
         source, last = sources[first], first + 1
@@ -209,16 +219,22 @@ def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None
         while parts.fused is not None and last < 3 and sources[last] is source:
             last += 1
         batch, length, size = source.shape
-        span = slice(sum(rows[:first]), sum(rows[:last]))
-        weight = weights[first] if parts.fused is None else parts.fused[span]
+        begin, end = sum(rows[:first]), sum(rows[:last])
+        weight = weights[first] if parts.fused is None else parts.fused[begin:end]
         assert weight is not None
-        y = np.empty((batch * length, span.stop - span.start), layer._real)
+        y = np.empty((batch * length, end - begin), layer._real)
         linear(source.reshape(len(y), size), weight, layer._code,
-               None if bias is None else bias[span], y, num_threads)  # fmt: skip
-        for columns in np.split(y, np.cumsum(rows[first : last - 1]), axis=1):
-            sizes = (batch, length, columns.shape[1] // layer.head_dim, layer.head_dim)
-            heads.append(columns.reshape(sizes).swapaxes(1, 2))
-    return heads
+               None if bias is None else bias[begin:end], y, num_threads)  # fmt: skip
+        split = (batch, length, (end - begin) // layer.head_dim, layer.head_dim)
+        joined = y.reshape(split).swapaxes(1, 2)
+        at = 0
+        for count in rows[first:last]:
+            heads.append(joined[:, at : at + count // layer.head_dim])
+            at += count // layer.head_dim
+        if first == 0 and last > 1:
+            rotated = joined[:, : layer.num_heads + layer.num_kv_heads]
+    query, key, value = heads
+    return Heads(query, key, value, rotated)
 
 
 def normalize(layer: MultiHeadAttention, x: Array, weight: Array) -> None:
@@ -228,16 +244,14 @@ def normalize(layer: MultiHeadAttention, x: Array, weight: Array) -> None:
     x *= reals(weight, layer._code, layer._real)
 
 
-def place(
-    layer: MultiHeadAttention, query: Array | None, key: Array | None, rotary: Rotary | None,
-    positions: Any,
-) -> None:  # fmt: skip
+def place(layer: MultiHeadAttention, heads: Heads, rotary: Rotary | None, positions: Any) -> None:
     """Normalise and rotate queries and keys in place, where the layer and the call want that."""
-    for x, weight in ((query, layer._parts.query_norm), (key, layer._parts.key_norm)):
+    norms = layer._parts.query_norm, layer._parts.key_norm
+    for x, weight in zip((heads.query, heads.key), norms, strict=True):
         if x is not None and weight is not None:
             normalize(layer, x, weight)
-        if x is not None and rotary is not None:
-            rotary(x, positions, out=x)
+    if rotary is not None:
+        rotary(heads.rotated, positions, out=heads.rotated)
 
 
 def cached_keys(cache: KVCache, real: Any) -> Array:
@@ -327,7 +341,7 @@ class Call:
         result = self.target.finish()
         return result, weights if weights is None or self.is_batch else weights[0]
 
-    def project(self, sources: Sources) -> list[Any]:
+    def project(self, sources: Sources) -> Heads:
         return project(self.layer, sources, self.op.get("num_threads"))
 
     def mix(self, query: Array, entries: slice) -> None:
@@ -356,8 +370,9 @@ class Call:
             if self.pair is not None:
                 key = self.pair[0][entries]
                 sources = (x, key, key if self.pair[1] is self.pair[0] else self.pair[1][entries])
-            query, key, value = self.project(sources)
-            place(layer, query, key, self.rotary, positions[entries] if each else positions)
+            heads = self.project(sources)
+            place(layer, heads, self.rotary, positions[entries] if each else positions)
+            query, key, value, _ = heads
             op = self.op | mask.of(entries)
             if weights is not None:
                 attention_weights(query, key, enable_gqa=True, out=weights[entries], **op)
@@ -378,12 +393,13 @@ class Call:
         """Compute a call whose keys are, or come to be, in a cache."""
         layer = self.layer
         if self.appends:
-            query, key, value = self.project((self.x, self.x, self.x))
-            place(layer, query, key, self.rotary, self.positions_behind(cache.lengths))
-            cache.append(key, value)
+            heads = self.project((self.x, self.x, self.x))
+            place(layer, heads, self.rotary, self.positions_behind(cache.lengths))
+            cache.append(heads.key, heads.value)
         else:
-            query = self.project((self.x, None, None))[0]
-            place(layer, query, None, None, 0)
+            heads = self.project((self.x, None, None))
+            place(layer, heads, None, 0)
+        query = heads.query
         lengths = cache.lengths
         longest = int(lengths.max(initial=0))
         mask = combined_mask(*self.masks, self.batch, longest, may_shorten=False).attn_mask

@@ -32,7 +32,10 @@ MODULES = [
     "_python_engine",
     "_select",
     "_threads",
+    "_layer",
     "_varlen",
+    "_weights",
+    "decoder",
     "rotary",
 ]
 

@@ -6,9 +6,7 @@ import doctest
 import importlib
 
 import pytest
-from tiny_bert import needs_minilm
 
-import qkv_fast
 from qkv_fast import plot
 
 
