@@ -11,6 +11,7 @@ Each module stands below those that import it:
         prefill     many query rows: tiles over blocks of keys
         decode      few query rows: splits of the keys, heads interleaved
         weights     the weights or scores themselves: prefill's tiles, written out
+        statistics  sums of the weights over queries or keys: prefill's tiles, never written out
           query_tile      the rows of a tile of queries
           scores          visibility and score modifiers
           softmax_state   (row_max, row_sum, acc): weighing, folding, merging

@@ -69,6 +69,9 @@ cdef enum:  # decide how fast a call is
     # Multiply-adds that take as long as to weigh a score and to write it: on Zen 3 the weights of
     # 1,12,512,64 take as long as the op with values of size 64 (bench_weights.py).
     WEIGHT_WORK = 64
+    # Keys of a task that sums over the queries, a multiple of MAX_BLOCK_K. Each such task packs the
+    # queries anew, which takes a tenth of the time of a block of 128 keys at head size 64.
+    RANGE_KEYS = 1024
     # Multiply-adds below which no sleeping worker is woken, unless calls follow each other fast
     # (FREQUENT in csrc/runtime/thread_pool.c; about 90 us of one thread there).
     SHORT_WORK = 1 << 20

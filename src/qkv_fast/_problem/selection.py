@@ -1,4 +1,4 @@
-"""Which weights are wanted: a stage, some heads and rows, relative to which log-sum-exps."""
+"""Which weights are wanted, or sums of them: a stage, some heads and rows, known log-sum-exps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ def selection(p: Problem, stage: Any, rows: Any, heads: Any, lse: Any) -> None:
     """Set what is wanted, after all that the scores depend on: what comes later is undone."""
     if not isinstance(stage, str) or stage not in STAGES:
         raise ValueError(f"stage is {shown(stage)}: it must be one of {', '.join(STAGES)}")
-    p.stage = stage
     if lse is not None and stage != "softmax":
         raise ValueError(f"lse is given for the stage {stage!r}: only 'softmax' depends on it")
-    if heads is not None and p.caller_query is not p.query:
-        raise ValueError("heads is given, but query and key have no axis of heads")
-    p.heads = _numbers("heads", heads, p.query.shape[-3])
-    p.rows = _numbers("rows", rows, p.query.shape[-2])
+    choose(p, stage, rows, heads, lse)
     if stage in ("scaled", "softcapped"):
         p.attn_mask, p.mask_code, p.alibi_slopes = None, -1, None
         p.left = p.right = UNBOUNDED
     if stage == "scaled":
         p.softcap = 0.0
+
+
+def choose(p: Problem, stage: str, rows: Any, heads: Any, lse: Any = None) -> None:
+    """Set what is computed of which rows and heads, relative to which log-sum-exps."""
+    p.stage = stage
+    if heads is not None and p.caller_query is not p.query:
+        raise ValueError("heads is given, but query and key have no axis of heads")
+    p.heads = _numbers("heads", heads, p.query.shape[-3])
+    p.rows = _numbers("rows", rows, p.query.shape[-2])
     if lse is not None:
         p.known_lse = _known_lse(p, lse)
 
