@@ -27,9 +27,7 @@ from ._options import Ints, Window
 from ._patterns import head_similarity, induction_score, previous_token_score, rollout
 from ._problem.output import output_of_weights
 from ._problem.problem import Problem
-from ._problem.scoring import limit_keys, mask, scoring
-from ._problem.selection import choose
-from ._problem.tensors import without_values
+from ._problem.selection import choose, scores
 
 __all__ = [
     "Statistics",
@@ -153,12 +151,8 @@ def attention_received(
     """
     notify_call_start()
     p = Problem()
-    without_values(p, query, key, enable_gqa, dtype)
-    if attn_mask is not None:
-        mask(p, attn_mask)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
-    if key_lengths is not None:
-        limit_keys(p, key_lengths)
+    scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, query_offset, window, softcap,
+           alibi_slopes, sinks, key_lengths, dtype)  # fmt: skip
     choose(p, "received", rows, heads, lse)
     if p.heads is None:  # a KV group's query heads are summed apart, so none are computed together
         p.heads = np.arange(p.query.shape[-3])
@@ -245,12 +239,8 @@ def attention_statistics(
     """
     notify_call_start()
     p = Problem()
-    without_values(p, query, key, enable_gqa, dtype)
-    if attn_mask is not None:
-        mask(p, attn_mask)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
-    if key_lengths is not None:
-        limit_keys(p, key_lengths)
+    scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, query_offset, window, softcap,
+           alibi_slopes, sinks, key_lengths, dtype)  # fmt: skip
     choose(p, "statistics", rows, heads)
     output_of_weights(p, None, num_threads)
     numbers = np.asarray(solve(p))

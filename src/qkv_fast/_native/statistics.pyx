@@ -269,22 +269,12 @@ cdef inline RowSums *sums_of(const WeightsCall *call, const HeadView *head,
                        + number * call.tile_bytes)
 
 
-cdef inline double score_scale(const Plan *plan) noexcept nogil:
-    """Return what turns products, or modified scores, into scores in log2 units."""
-    return 1.0 if plan.has_modifiers else plan.score_scale
-
-
 cdef void note_score(const Plan *plan, const QueryTile *tile, const Visibility *visible, int i,
                      int number, int64_t k, RowSums *row) noexcept nogil:
     """Keep the score of key k of the block, if row i sees it."""
-    cdef double score, scale = score_scale(plan)
     if k < 0 or k >= visible.nk or (visible.partial and not tile.allow[k] >> i & 1):
         return
-    score = get_real(tile.scores, <int>(k * tile.lanes + i), plan.kernels.real_bytes)
-    if plan.kernels.real_bytes == 4:    # rounded as the kernel's, so that none exceeds row_max
-        row.scores[number] = <float>(<float>score * <float>scale)
-    else:
-        row.scores[number] = score * scale
+    row.scores[number] = get_real(tile.scores, <int>(k * tile.lanes + i), plan.kernels.real_bytes)
     row.seen |= 1 << number
 
 
@@ -319,11 +309,13 @@ cdef void add_block(const WeightsCall *call, const HeadView *head, QueryTile *ti
         return
     compute_scores(plan, head, tile, block, &visible)
     modify_scores(plan, head, tile, block, &visible)
+    if not plan.has_modifiers:          # which scale the scores
+        plan.kernels.scale(tile.scores, visible.nk, tile.nvec, plan.score_scale)
     tile.has_keys |= visible.has_keys
     set_relative(plan, tile.relative_position, tile.position, block.begin, -UNBOUNDED, UNBOUNDED,
                  lanes)
     plan.kernels.statistics(tile.scores, visible.nk, tile.nvec,
-                            tile.allow if visible.partial else NULL, tile.span, score_scale(plan),
+                            tile.allow if visible.partial else NULL, tile.span,
                             tile.relative_position, tile.row_max, sums)
     for i in range(tile.count):
         add_sums(&rows[i], get_real(tile.row_max, i, real_bytes), get_real(sums, i, real_bytes),

@@ -1,4 +1,4 @@
-"""Which weights are wanted, or sums of them: a stage, some heads and rows, known log-sum-exps."""
+"""Which weights are wanted, or sums of them: of what, which stage, heads and rows, by which lse."""
 
 from __future__ import annotations
 
@@ -9,8 +9,35 @@ import numpy as np
 from .._dtypes import FLOAT64, Array
 from .arguments import integers, real_array, shown
 from .problem import UNBOUNDED, Problem
+from .scoring import limit_keys, mask, scoring
+from .tensors import without_values
 
 STAGES = ("scaled", "softcapped", "masked", "softmax")
+
+
+def scores(
+    p: Problem,
+    query: Any,
+    key: Any,
+    attn_mask: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    key_lengths: Any,
+    dtype: Any,
+) -> None:
+    """Set all that the scores of dense queries and keys depend on."""
+    without_values(p, query, key, enable_gqa, dtype)
+    if attn_mask is not None:
+        mask(p, attn_mask)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    if key_lengths is not None:
+        limit_keys(p, key_lengths)
 
 
 def selection(p: Problem, stage: Any, rows: Any, heads: Any, lse: Any) -> None:
