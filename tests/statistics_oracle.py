@@ -1,4 +1,4 @@
-"""Sums of the oracle's weights, in NumPy: what `attention_received` and `attention_statistics` give.
+"""Sums of the oracle's weights, in NumPy: attention received, and statistics of the rows.
 
 It imports nothing from the package. `real` is as in oracle.py.
 """

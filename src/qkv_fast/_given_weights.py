@@ -11,9 +11,7 @@ from ._dtypes import BFLOAT16, SWAPPED, Array, code_of, widened
 from ._problem.arguments import plain
 
 
-def real_weights(
-    given: Any, dimensions: Container[int], accepted: str, dtype: Any = None
-) -> Array:
+def real_weights(given: Any, dimensions: Container[int], accepted: str, dtype: Any = None) -> Array:
     """Return weights as an array of real numbers, of a dtype if one is given.
 
     `dimensions` are the numbers of axes that are accepted; `accepted` ends the message that refuses

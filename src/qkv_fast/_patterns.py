@@ -1,4 +1,4 @@
-"""Patterns in given weights: similar heads, rollout, induction, previous tokens (see `analysis`)."""
+"""Patterns in given weights: similar heads, rollout, induction, previous tokens."""
 
 from __future__ import annotations
 
@@ -245,9 +245,10 @@ def _mean_of_rows(weights: Array, score: Callable[[Array], Array], counts: Array
 
 def _shares(rows: Array) -> Array:
     """Return rows of weights divided by their sums, as float64; NaN for a row without any."""
-    weights = rows.astype(np.float64)
-    total = weights.sum(axis=-1, keepdims=True)
-    return np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
+    shares: Array = np.full(rows.shape, np.nan)
+    total = rows.sum(axis=-1, keepdims=True, dtype=np.float64)
+    np.divide(rows, total, out=shares, where=total > 0)
+    return shares
 
 
 def _entropy(shares: Array) -> Array:

@@ -85,11 +85,10 @@ def check_max_key(got: analysis.Statistics, weights: np.ndarray, tolerance: floa
     assert not known[np.isnan(largest)].any()
     sinks_take_all = known & (largest == 0)
     assert (known | ~(largest > 0)).all()
-    at = weights.size and np.take_along_axis(
-        weights, np.maximum(got.max_key, 0)[..., np.newaxis], axis=-1
-    )[..., 0]
     compared = known & ~sinks_take_all
     if compared.any():
+        number = np.maximum(got.max_key, 0)[..., np.newaxis]
+        at = np.take_along_axis(weights, number, axis=-1)[..., 0]
         assert (at[compared] >= (1 - tolerance) * largest[compared]).all()
 
 
@@ -214,7 +213,7 @@ def test_the_first_of_equal_weights_is_the_largest(engine):
 
 def test_uniform_weights_have_known_statistics(engine):
     """n equal weights: log2(n) bits, 1 / n each; causal rows are (n - 1) / 2 away on average."""
-    length = 9000
+    length = 5000
     q = np.zeros((1, length, 4), np.float32)
     got = attention_statistics(q, q, is_causal=True)
     n = np.arange(1, length + 1)[np.newaxis]
@@ -279,17 +278,26 @@ def test_anything_drawn_at_random(data: st.DataObject):
 # --- Selections and bits ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [slice(-32, None), slice(None, None, -7), [149, 3, 3, -150], []])
-@pytest.mark.parametrize("heads", [None, slice(2, 5), [5, 0, 0, -1], []])
+@pytest.mark.parametrize(
+    ("rows", "heads"),
+    [
+        (slice(-32, None), None),
+        (slice(None, None, -7), slice(2, 5)),
+        ([149, 3, 3, -150, 77], [5, 0, 0, -1]),
+        (None, [4]),
+        ([], [1]),
+        ([1], []),
+    ],
+)
 def test_selected_rows_and_heads(engine, rng, rows, heads):
-    q, k, _ = make(rng, (2, 6, 2, 150, 290, 24, 24))
+    q, k, _ = make(rng, (2, 6, 2, 150, 190, 24, 24))
     options: dict[str, Any] = {
         "is_causal": True,
         "window": (90, None),
         "query_offset": [20, 130],
         "alibi_slopes": np.linspace(0, 0.3, 6),
         "sinks": np.linspace(-1, 2, 6),
-        "attn_mask": rng.standard_normal((6, 150, 290)).astype(np.float32),
+        "attn_mask": rng.standard_normal((6, 150, 190)).astype(np.float32),
     }
     check(q, k, rows=rows, heads=heads, **options)
 
