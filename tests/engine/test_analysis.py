@@ -344,7 +344,9 @@ def test_threads_and_batch_change_no_bit(engine, rng, dtype, size):
 def test_a_known_lse_gives_the_same_sums(engine, rng, dtype, sinks):
     q, k, v = make(rng, (2, 4, 2, 70, 290, 24, 24), dtype)
     options = {"is_causal": True, "query_offset": -5, "sinks": sinks}
-    lse = sdpa(q, k, v, enable_gqa=True, return_lse=True, **options)[1]
+    exact = np.float64 if dtype == np.float64 else np.float32  # bfloat16's own lse is off by 3e-6
+    wide = (x.astype(exact) for x in (q, k, v))
+    lse = sdpa(*wide, enable_gqa=True, return_lse=True, **options)[1]
     assert (lse == -np.inf).any()
     before = lse.copy()
     check_received(q, k, lse=lse, **options)
@@ -552,14 +554,14 @@ def test_memory_grows_with_the_length_alone(native, window):
 
 
 def test_memory_of_the_python_engine(rng):
-    """All weights of these rows would take 128 MiB, of which it holds some rows at a time."""
+    """All weights of these rows would take 64 MiB, of which it holds some rows at a time."""
     x = normal(rng, (1, 16384, 8))
     tracemalloc.start()
     with qkv_fast.backend("python"):
         for function in (attention_received, attention_statistics):
             tracemalloc.reset_peak()
-            function(x, x, rows=slice(2048))
-            assert tracemalloc.get_traced_memory()[1] < 64 << 20
+            function(x, x, rows=slice(1024))
+            assert tracemalloc.get_traced_memory()[1] < 32 << 20
     tracemalloc.stop()
 
 
