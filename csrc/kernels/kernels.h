@@ -110,6 +110,14 @@ QKV_STRUCT(qkv_tile_kernels,
     void (*softmax)(void *S, ptrdiff_t nk, int nvec, const uint64_t *allow, const qkv_span *span,
                     double scale, void *row_max, void *row_sum, void *rescale);
 
+    /* Sums over the keys of a block. P and row_max' are those of softmax with scale 1; S stays.
+     *     sums[0] = sum_k P[k]                     sums[1] = sum_k P[k] * (row_max' - S[k])
+     *     sums[2] = sum_k P[k] * |position - k|    sums[3] = the first k with the largest S[k]
+     * sums is [4][ld]; position counts from the block's start. A key that allow excludes adds
+     * nothing. sums[3] is any number in lanes that may attend to no key. */
+    void (*statistics)(const void *S, ptrdiff_t nk, int nvec, const uint64_t *allow,
+                       const qkv_span *span, const void *position, void *row_max, void *sums);
+
     /* acc[d][:] = acc[d][:] * rescale[:] + sum_k V[k][d] * P[k][:]. rescale NULL: acc is
      * overwritten. V is what pack_values made, if the table has that. */
     void (*accumulate)(void *acc, const void *P, const char *V, ptrdiff_t v_stride, ptrdiff_t nk,

@@ -44,6 +44,7 @@
 #include "modifiers_tmpl.h"
 #include "masks_tmpl.h"
 #include "softmax_tmpl.h"
+#include "statistics_tmpl.h"
 #include "rows_tmpl.h"
 #include "fold_tmpl.h"
 
@@ -67,6 +68,7 @@ const qkv_tile_kernels QKV_TABLE = {
     .mask_positions = mask_positions,
     .mask_bool = mask_bool,
     .softmax = softmax,
+    .statistics = statistics,
     .accumulate = accumulate,
     .accumulate_nonfinite = accumulate_nonfinite,
     .scale_keys = scale_keys,

@@ -1,4 +1,7 @@
-"""attention_weights in NumPy, a block of rows of one query head at a time: see `_python_engine`."""
+"""attention_weights in NumPy, and sums of the weights, of a block of rows of one query head.
+
+See `_python_engine`.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,29 @@ from ._python_engine import (
 
 
 def run(p: Problem) -> None:
-    """Compute the weights or scores of a problem into its `out`."""
+    """Compute what the problem's stage names into its `out`."""
     if p.out.size == 0:
         return
     heads = range(p.query.shape[-3]) if p.heads is None else p.heads.tolist()
     rows = np.arange(p.query.shape[-2]) if p.rows is None else p.rows
-    at_once = max(1, BLOCK_SCORES // p.out.shape[-1])
+    at_once = max(1, BLOCK_SCORES // max(1, p.kv_len))
     with np.errstate(all="ignore"):  # infinities and NaN in the data give what the formula gives
         for index in np.ndindex(p.query.shape[:-3]):
             entry = batch_entry(p, index)
             for at, head in enumerate(heads):
+                received = np.zeros(p.kv_len)
                 for begin in range(0, len(rows), at_once):
                     block = slice(begin, begin + at_once)
                     lse = None if p.known_lse is None else p.known_lse[index][at, block]
-                    _write_block(p, _select(entry, head, rows[block]), head, lse,
-                                 p.out[index][at, block])  # fmt: skip
+                    part = _select(entry, head, rows[block])
+                    if p.stage == "received":
+                        _add_received(p, part, head, lse, received)
+                    elif p.stage == "statistics":
+                        _write_statistics(p, part, head, p.out[index][at, block])
+                    else:
+                        _write_block(p, part, head, lse, p.out[index][at, block])
+                if p.stage == "received":
+                    p.out[index][at, 0] = received
 
 
 def _select(entry: Entry, head: int, rows: Array) -> Entry:
@@ -50,18 +61,21 @@ def _select(entry: Entry, head: int, rows: Array) -> Entry:
     )
 
 
-def _write_block(p: Problem, entry: Entry, head: int, lse: Array | None, out: Array) -> None:
-    """Write the rows of an entry that has only these, of a query head; out is (rows, Lk)."""
+def _scores(p: Problem, entry: Entry, head: int) -> tuple[slice, Array, Array]:
+    """Return which keys the rows of such an entry see, their scores, and which are not excluded.
+
+    Both are (rows, keys).
+    """
     kv_head = head // (p.query.shape[-3] // p.key.shape[-3])
-    all_rows, only = slice(0, len(out)), slice(0, 1)
+    all_rows, only = slice(0, len(entry.positions)), slice(0, 1)
     keys = visible_keys(p, entry, all_rows)
     scores = products(p, entry, slice(kv_head, kv_head + 1), only, all_rows, keys)
     scores, allowed = modified(p, entry, scores, only, all_rows, keys)
-    scores, allowed = scores[0, 0], allowed[0, 0]
-    out[...] = 0 if p.stage == "softmax" else -np.inf
-    if p.stage != "softmax":
-        out[:, keys] = scores
-        return
+    return keys, scores[0, 0], allowed[0, 0]
+
+
+def _weights(scores: Array, allowed: Array, lse: Array | None, sink: float | None) -> Array:
+    """Return the softmax of scores, or their weights relative to known log-sum-exps."""
     real = scores.dtype.type
     if lse is None:
         top = scores.max(axis=-1, keepdims=True, initial=np.finfo(real).min)
@@ -69,10 +83,57 @@ def _write_block(p: Problem, entry: Entry, head: int, lse: Array | None, out: Ar
         top = lse[:, np.newaxis]
     weights = np.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True) if lse is None else np.ones_like(top)
-    if p.sinks is not None:
-        sink = real(p.sinks[head])
+    if sink is not None:
+        sink = real(sink)
         highest = np.maximum(top, sink)
         rescale = np.exp(top - highest)
         total = np.where(sink == np.inf, np.inf, total * rescale + np.exp(sink - highest))
         weights *= rescale
-    out[:, keys] = np.where(allowed, weights / total, 0)
+    return np.where(allowed, weights / total, 0)
+
+
+def _sink(p: Problem, head: int) -> float | None:
+    return None if p.sinks is None else float(p.sinks[head])
+
+
+def _write_block(p: Problem, entry: Entry, head: int, lse: Array | None, out: Array) -> None:
+    """Write the weights or scores of an entry of rows of a query head; out is (rows, Lk)."""
+    keys, scores, allowed = _scores(p, entry, head)
+    out[...] = 0 if p.stage == "softmax" else -np.inf
+    if p.stage == "softmax":
+        scores = _weights(scores, allowed, lse, _sink(p, head))
+    out[:, keys] = scores
+
+
+def _add_received(p: Problem, entry: Entry, head: int, lse: Array | None, received: Array) -> None:
+    """Add what each key receives from the rows; received is (Lk,)."""
+    keys, scores, allowed = _scores(p, entry, head)
+    weights = _weights(scores, allowed, lse, _sink(p, head))
+    received[keys] += weights.sum(axis=0, dtype=np.float64)
+
+
+def _write_statistics(p: Problem, entry: Entry, head: int, out: Array) -> None:
+    """Write the fields of `analysis.Statistics`; out is (rows, 8) of float64."""
+    keys, scores, allowed = _scores(p, entry, head)
+    key_at = np.arange(keys.start, keys.stop)
+    shares = _weights(scores, allowed, None, None).astype(np.float64)  # of what goes to keys
+    weights = shares
+    if p.sinks is not None:
+        weights = _weights(scores, allowed, None, _sink(p, head)).astype(np.float64)
+    distance = np.abs(entry.positions[:, np.newaxis] - key_at)
+    row_is_nan = np.isnan(shares).any(axis=-1)
+    no_key = ~allowed.any(axis=-1)
+    logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+    out[:, 0] = np.abs((shares * logs).sum(axis=-1))
+    out[:, 1] = weights.max(axis=-1, initial=0)
+    out[:, 2] = np.where(no_key | row_is_nan, -1, keys.start)
+    if key_at.size:
+        out[:, 2] += np.where(no_key | row_is_nan, 0, scores.argmax(axis=-1))
+    out[:, 3] = (shares * distance).sum(axis=-1)
+    out[row_is_nan, 0:2] = out[row_is_nan, 3] = np.nan
+    first = np.zeros_like(entry.positions)
+    for number, key in enumerate(
+        (first, entry.positions, entry.positions - 1, entry.positions + 1), 4
+    ):
+        out[:, number] = np.where(key_at == key[:, np.newaxis], weights, 0).sum(axis=-1)
+    out[np.isnan(out[:, 1]), 2] = -1

@@ -10,9 +10,7 @@ from ._dtypes import Array
 from ._options import Ints, Window
 from ._problem.output import output_of_weights
 from ._problem.problem import Problem
-from ._problem.scoring import limit_keys, mask, scoring
-from ._problem.selection import selection
-from ._problem.tensors import without_values
+from ._problem.selection import scores, selection
 
 
 def attention_weights(
@@ -124,12 +122,8 @@ def attention_weights(
     """
     notify_call_start()
     p = Problem()
-    without_values(p, query, key, enable_gqa, dtype)
-    if attn_mask is not None:
-        mask(p, attn_mask)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
-    if key_lengths is not None:
-        limit_keys(p, key_lengths)
+    scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, query_offset, window, softcap,
+           alibi_slopes, sinks, key_lengths, dtype)  # fmt: skip
     selection(p, stage, rows, heads, lse)
     output_of_weights(p, out, num_threads)
     solve(p)

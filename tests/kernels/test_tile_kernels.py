@@ -157,6 +157,56 @@ def test_softmax_is_online(table, rng):
                 np.testing.assert_allclose(total, every, rtol=60 * np.finfo(real(table)).eps)
 
 
+def test_statistics(table, rng):
+    """Sums over a block: of all lanes and keys, of some, and of scores that are no numbers."""
+    tiny, eps = np.finfo(real(table)).min, np.finfo(real(table)).eps
+    for nvec in widths(table):
+        ld = nvec * table.lanes
+        for nk in [*SIZES, 128]:
+            for limited in (False, True):
+                s = scratch(table, rng.standard_normal((nk, ld)) * 8)
+                s[-2, ::3] = s[0, ::3]  # equal ones, of which the first may be the largest
+                bits = np.ones((nk, ld), bool)
+                if limited:
+                    bits = rng.random((nk, ld)) > 0.5
+                    s[:-1][~bits] = rng.choice([np.nan, np.inf, 99], (~bits).sum())
+                s[nk // 2, -1] = -np.inf
+                allow = (bits.astype(np.uint64) << np.arange(ld, dtype=np.uint64)).sum(
+                    1, dtype=np.uint64
+                )
+                top = np.where(np.arange(ld) % 2, 4.5, tiny).astype(real(table))
+                old, given = top.astype(float), s.copy()
+                position = (np.arange(ld) * 5 - 9).astype(real(table))
+                sums = scratch(table, np.zeros((4, ld)))
+                table.statistics(
+                    address(s), nk, nvec, address(allow) if limited else None,
+                    address(spans(bits, table.lanes)), address(position), address(top),
+                    address(sums),
+                )  # fmt: skip
+                np.testing.assert_array_equal(s, given)
+                seen = np.where(bits, s[:-1].astype(float), -np.inf)
+                np.testing.assert_array_equal(top, np.maximum(seen.max(axis=0), old))
+                below = np.where(seen > -np.inf, top - seen, 0)
+                p = np.exp2(np.maximum(np.where(seen > -np.inf, -below, -np.inf), -5000))
+                distance = np.abs(position - np.arange(nk)[:, np.newaxis])
+                exact = np.stack([p.sum(0), (p * below).sum(0), (p * distance).sum(0)])
+                np.testing.assert_allclose(sums[:3], exact, rtol=nk * eps + 40 * eps, atol=1e-37)
+                some = bits.any(axis=0) & (seen.max(axis=0) > -np.inf)
+                np.testing.assert_array_equal(sums[3, some], seen.argmax(axis=0)[some])
+                assert (sums[-1] == GUARD).all()
+
+
+def test_statistics_of_nan(table):
+    """A score that is NaN makes its lane's sums NaN, and no other's."""
+    s = scratch(table, np.zeros((5, table.lanes)))
+    s[2, 1] = np.nan
+    top, position = np.full(table.lanes, -1, real(table)), np.zeros(table.lanes, real(table))
+    sums = scratch(table, np.zeros((4, table.lanes)))
+    table.statistics(address(s), 5, 1, None, None, address(position), address(top), address(sums))
+    np.testing.assert_array_equal(np.isnan(sums[:3]).any(axis=0), np.arange(table.lanes) == 1)
+    np.testing.assert_array_equal(sums[0, 2:], 5)
+
+
 def test_fold_keeps_rounding_errors(table, rng):
     """With or without rescaled rows, the sums have the error of a single rounding."""
     eps = float(np.finfo(real(table)).eps)

@@ -9,12 +9,16 @@ from libc.string cimport memset
 from .isa cimport index_of, table_of
 from .kernels cimport QKV_FLOAT32, QKV_FLOAT64, qkv_tile_kernels
 from .linear cimport LinearCall, pad_rows, plan_linear, run_linear_task, view_linear
-from .parallel cimport begin_call, end_call, raise_pending, run_tasks
+from .parallel cimport begin_call, end_call, raise_pending, run_tasks, task_function
 from .plan cimport (
     choose_decode_tasks, choose_max_decode_rows, choose_prefill_tasks, is_in_place, lay_out_decode,
     lay_out_prefill, limit_to_blas, plan_decode, plan_prefill, view_problem,
 )
 from .schedule cimport count_tasks, run_task, set_offsets
+from .statistics cimport (
+    count_ranges, lay_out_received, lay_out_statistics, norms_bytes, run_norms_task,
+    run_received_task, run_statistics_task,
+)
 from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE, SHORT_WORK
 from .types cimport PartialState, Plan, TaskOffset, round_up
 from .weights cimport (
@@ -160,13 +164,15 @@ cdef int execute(Launch *launch, Runner runner, int budget, double *busy) except
     return 0
 
 
-cdef int write_weights(WeightsCall *call, int threads) except -1:
-    """Run all tasks of a planned call for weights."""
-    cdef Py_ssize_t tasks = lay_out_weights(call, threads)
+cdef int write_weights(WeightsCall *call, int threads, bint are_weights) except -1:
+    """Run all tasks of a planned call for weights, or for the statistics of their rows."""
+    cdef task_function function = run_weights_task if are_weights else run_statistics_task
+    cdef Py_ssize_t tasks = (lay_out_weights(call, threads) if are_weights
+                             else lay_out_statistics(call, threads))
     cdef Arena arena = take_arena(<size_t>threads * call.launch.scratch_bytes)
     call.launch.scratch = arena.aligned()
     with nogil:
-        run_tasks(run_weights_task, call, tasks, threads, &call.launch.interrupt, NULL,
+        run_tasks(function, call, tasks, threads, &call.launch.interrupt, NULL,
                   call.launch.work < SHORT_WORK)
     keep_arena(arena)
     return raise_pending(&call.launch.interrupt)
@@ -189,6 +195,25 @@ cdef int multiply(LinearCall *call, int threads) except -1:
                   call.work < SHORT_WORK)
     keep_arena(arena)
     return raise_pending(&call.interrupt)
+
+
+cdef int write_received(WeightsCall *call, int threads) except -1:
+    """Run both passes of a planned call for what the keys receive."""
+    cdef Launch *launch = &call.launch
+    cdef Py_ssize_t tasks = lay_out_received(call, threads)
+    cdef bint is_short = launch.work < SHORT_WORK
+    cdef Arena arena = take_arena(
+        <size_t>threads * launch.scratch_bytes + 2 * <size_t>norms_bytes(call))
+    launch.scratch = arena.aligned()
+    call.row_max = launch.scratch + threads * launch.scratch_bytes
+    call.row_weight = call.row_max + norms_bytes(call)
+    with nogil:
+        run_tasks(run_norms_task, call, tasks, threads, &launch.interrupt, NULL, is_short)
+        if not launch.interrupt.stop:
+            run_tasks(run_received_task, call, count_ranges(call, call.range_keys), threads,
+                      &launch.interrupt, NULL, is_short)
+    keep_arena(arena)
+    return raise_pending(&launch.interrupt)
 
 
 @cython.final
@@ -234,8 +259,10 @@ cdef class Runner:
                     <double *>cnp.PyArray_DATA(busy))
 
     def weights(self, problem):
-        """Compute the weights or scores of a Problem into its `out`."""
+        """Compute what a Problem's stage names into its `out`: weights, scores or sums of them."""
         cdef WeightsCall call
+        cdef str stage = problem.stage
+        cdef Py_ssize_t tasks
         cdef int threads, budget = problem.num_threads
         if is_empty(problem):
             return
@@ -248,10 +275,15 @@ cdef class Runner:
             limit_to_blas(&call.launch.prefill)
         else:                           # decode's kernels take reals
             plan_weights(&call, self.decode)
-        threads = begin_call(call.launch.work,
-                             min(<Py_ssize_t>budget, count_weights_tasks(&call)))
+        tasks = count_weights_tasks(&call)
+        if stage == "received":
+            tasks = max(tasks, count_ranges(&call, call.launch.prefill.block_k))
+        threads = begin_call(call.launch.work, min(<Py_ssize_t>budget, tasks))
         try:
-            write_weights(&call, threads)
+            if stage == "received":
+                write_received(&call, threads)
+            else:
+                write_weights(&call, threads, stage != "statistics")
         finally:
             end_call()
 

@@ -43,6 +43,8 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*mask_bool)(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t) noexcept nogil
         void (*softmax)(void *, Py_ssize_t, int, const uint64_t *, const qkv_span *, double,
                         void *, void *, void *) noexcept nogil
+        void (*statistics)(const void *, Py_ssize_t, int, const uint64_t *, const qkv_span *,
+                           const void *, void *, void *) noexcept nogil
         void (*accumulate)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                            int, const void *, const qkv_span *) noexcept nogil
         void (*accumulate_nonfinite)(void *, const void *, const char *, Py_ssize_t, Py_ssize_t,

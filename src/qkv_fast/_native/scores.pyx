@@ -25,6 +25,7 @@ cdef void subtract_origin(real *reals, const int64_t *values, int64_t origin, in
 
 cdef void set_relative(const Plan *plan, void *reals, const int64_t *values, int64_t origin,
                        int64_t low, int64_t high, int count) noexcept nogil:
+    """Set `count` reals to values - origin, limited to [low, high]."""
     if plan.kernels.real_bytes == 4:
         subtract_origin(<float *>reals, values, origin, low, high, count)
     else:

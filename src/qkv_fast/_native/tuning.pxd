@@ -75,6 +75,11 @@ cdef enum:  # decide how fast a call is
     # Multiply-adds that take as long as to weigh a score and to write it: on Zen 3 the weights of
     # 1,12,512,64 take as long as the op with values of size 64 (bench_weights.py).
     WEIGHT_WORK = 64
+    # Keys of a task that sums over the queries, a multiple of MAX_BLOCK_K. Each such task packs the
+    # queries anew, but many threads need many tasks. With a known lse, 8x6000x64 takes 0.61 to 0.73
+    # of the op's time with 128 keys, 0.60 to 0.62 with 1024, 0.55 to 0.61 with 4096 (a busy Zen 4,
+    # "received, lse" of bench_analysis.py).
+    RANGE_KEYS = 1024
     # Multiply-adds below which no sleeping worker is woken, unless calls follow each other fast
     # (FREQUENT in csrc/runtime/thread_pool.c; about 90 us of one thread there).
     SHORT_WORK = 1 << 20

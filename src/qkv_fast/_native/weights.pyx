@@ -55,7 +55,7 @@ cdef int view_selection(WeightsCall *call, problem) except -1:
     """Note which query heads and rows of a viewed Problem are computed, and up to which stage."""
     cdef Plan *plan = &call.launch.prefill
     cdef cnp.ndarray numbers
-    call.is_softmax = problem.stage == "softmax"
+    call.is_softmax = problem.stage not in ("scaled", "softcapped", "masked")
     call.knows_lse = problem.known_lse is not None
     view_numbers(&plan.lse, problem.known_lse, plan.batch_ndim)
     call.kv_group = plan.group
@@ -288,16 +288,25 @@ cdef void normalize(const WeightsCall *call, const HeadView *head, QueryTile *ti
 
 # --- A task -------------------------------------------------------------------------------------
 
-cdef void open_run(const WeightsCall *call, const SequencePlan *sequence, Py_ssize_t run,
+cdef void open_run(const WeightsCall *call, int thread, Py_ssize_t run,
                    HeadView *head) noexcept nogil:
-    """Note where the rows of a KV head lie or, in a selection, of a query head on its own."""
+    """Note where the rows of a KV head lie or, in a selection, of a query head on its own.
+
+    `run` counts the runs of all batch entries.
+    """
     cdef const Plan *plan = &call.launch.prefill
+    cdef SequencePlan sequence
     cdef Py_ssize_t query_head
+    open_sequence(&call.launch, run // call.runs, &sequence)
+    head.on_caller = thread == 0
+    head.scratch = call.launch.scratch + thread * call.launch.scratch_bytes
+    head.gathered = head.scratch + plan.layout.gathered
+    run %= call.runs
     if call.heads == NULL:
-        open_head(plan, sequence, run, head)
+        open_head(plan, &sequence, run, head)
         return
     query_head = call.heads[run]
-    open_head(plan, sequence, query_head // call.kv_group, head)
+    open_head(plan, &sequence, query_head // call.kv_group, head)
     head.kv_head = query_head           # plan.group is 1
     head.out += (run - query_head) * plan.out.head
     if head.lse != NULL:
@@ -335,14 +344,8 @@ cdef void run_weights_task(const void *context, int thread, Py_ssize_t task) noe
     """Run a task of a call (a task_function of parallel.pxd)."""
     cdef const WeightsCall *call = <const WeightsCall *>context
     cdef const Plan *plan = &call.launch.prefill
-    cdef Py_ssize_t run = task // call.tasks_per_run
-    cdef SequencePlan sequence
     cdef HeadView head
-    open_sequence(&call.launch, run // call.runs, &sequence)
-    head.on_caller = thread == 0
-    head.scratch = call.launch.scratch + thread * call.launch.scratch_bytes
-    head.gathered = head.scratch + plan.layout.gathered
-    open_run(call, &sequence, run % call.runs, &head)
+    open_run(call, thread, task // call.tasks_per_run, &head)
     if plan.kernels.enter != NULL:
         plan.kernels.enter()
     write_tiles(call, &head, call.tasks_per_run - 1 - task % call.tasks_per_run)

@@ -23,6 +23,8 @@ from .._threads import checked, get_num_threads
 from .arguments import as_array, flag, is_tensor
 from .problem import Problem
 
+STATISTICS = 8  # numbers for each row
+
 _SMALL = 1 << 28  # bytes of weights up to which the available memory is not looked up
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may look at
 
@@ -52,21 +54,28 @@ def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
 
 
 def output_of_weights(p: Problem, out: Any, num_threads: Any) -> None:
-    """Set the same for the weights or scores of a problem whose selection is set."""
+    """Set the same for the weights, the scores or their sums of a problem with a selection."""
     p.num_threads = get_num_threads() if num_threads is None else checked(num_threads)
-    p.out_code = FLOAT64 if p.code == FLOAT64 else FLOAT32
-    dtype: np.dtype[Any] = np.dtype(np.float64 if p.code == FLOAT64 else np.float32)
+    is_double = p.code == FLOAT64 or p.stage == "statistics"
+    p.out_code = FLOAT64 if is_double else FLOAT32
+    dtype: np.dtype[Any] = np.dtype(np.float64 if is_double else np.float32)
     *batch, num_heads, q_len, _ = p.query.shape
     num_heads = num_heads if p.heads is None else len(p.heads)
     q_len = q_len if p.rows is None else len(p.rows)
     shape = (*batch, num_heads, q_len, p.kv_len)
+    if p.stage == "received":
+        shape = (*batch, num_heads, p.kv_len)
+    elif p.stage == "statistics":
+        shape = (*batch, num_heads, q_len, STATISTICS)
     if p.caller_query is not p.query:
         shape = shape[1:]
     if out is None:
         p.result = rows = _new(shape, dtype)
     else:
         rows = _given(p, out, shape, dtype)
-    p.out = rows if p.caller_query is p.query else _as_batch(p, rows)
+    if p.caller_query is not p.query:
+        rows = _as_batch(p, rows)
+    p.out = rows[..., np.newaxis, :] if p.stage == "received" else rows
 
 
 def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -67,17 +67,20 @@ class Problem:
 
     num_threads: int
 
-    # Of `attention_weights` alone: what is written, and which query heads and rows (int64, along
-    # one axis; None: all) are computed, in their order.
+    # Of `attention_weights` and `analysis` alone: what is written, and which query heads and rows
+    # (int64, along one axis; None: all) are computed, in their order. Besides the stages that
+    # `attention_weights` takes: "received", sums of the weights over rows, and "statistics".
     stage: str = ""
     heads: Array | None = None
     rows: Array | None = None
     # Log-sum-exps of these rows that are known already, without sinks: float32 or, for float64,
-    # float64, of the shape of `out` without the last axis.
+    # float64, (*batch, len(heads), len(rows)).
     known_lse: Array | None = None
 
     # Where the engine writes: (*batch, Hq, Lq, Dv) and (*batch, Hq, Lq). Weights are (*batch,
-    # len(heads), len(rows), Lk), in rows that lie in one piece.
+    # len(heads), len(rows), Lk), in rows that lie in one piece; what keys receive is a single such
+    # row for each head. Statistics are float64, (*batch, len(heads), len(rows), 8): the fields of
+    # `analysis.Statistics`.
     out: Array
     lse: Array | None = None
 

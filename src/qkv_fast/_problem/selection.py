@@ -1,4 +1,4 @@
-"""Which weights are wanted: a stage, some heads and rows, relative to which log-sum-exps."""
+"""Which weights are wanted, or sums of them: of what, which stage, heads and rows, by which lse."""
 
 from __future__ import annotations
 
@@ -9,26 +9,58 @@ import numpy as np
 from .._dtypes import FLOAT64, Array
 from .arguments import integers, real_array, shown
 from .problem import UNBOUNDED, Problem
+from .scoring import limit_keys, mask, scoring
+from .tensors import without_values
 
 STAGES = ("scaled", "softcapped", "masked", "softmax")
+
+
+def scores(
+    p: Problem,
+    query: Any,
+    key: Any,
+    attn_mask: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    key_lengths: Any,
+    dtype: Any,
+) -> None:
+    """Set all that the scores of dense queries and keys depend on."""
+    without_values(p, query, key, enable_gqa, dtype)
+    if attn_mask is not None:
+        mask(p, attn_mask)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    if key_lengths is not None:
+        limit_keys(p, key_lengths)
 
 
 def selection(p: Problem, stage: Any, rows: Any, heads: Any, lse: Any) -> None:
     """Set what is wanted, after all that the scores depend on: what comes later is undone."""
     if not isinstance(stage, str) or stage not in STAGES:
         raise ValueError(f"stage is {shown(stage)}: it must be one of {', '.join(STAGES)}")
-    p.stage = stage
     if lse is not None and stage != "softmax":
         raise ValueError(f"lse is given for the stage {stage!r}: only 'softmax' depends on it")
-    if heads is not None and p.caller_query is not p.query:
-        raise ValueError("heads is given, but query and key have no axis of heads")
-    p.heads = _numbers("heads", heads, p.query.shape[-3])
-    p.rows = _numbers("rows", rows, p.query.shape[-2])
+    choose(p, stage, rows, heads, lse)
     if stage in ("scaled", "softcapped"):
         p.attn_mask, p.mask_code, p.alibi_slopes = None, -1, None
         p.left = p.right = UNBOUNDED
     if stage == "scaled":
         p.softcap = 0.0
+
+
+def choose(p: Problem, stage: str, rows: Any, heads: Any, lse: Any = None) -> None:
+    """Set what is computed of which rows and heads, relative to which log-sum-exps."""
+    p.stage = stage
+    if heads is not None and p.caller_query is not p.query:
+        raise ValueError("heads is given, but query and key have no axis of heads")
+    p.heads = _numbers("heads", heads, p.query.shape[-3])
+    p.rows = _numbers("rows", rows, p.query.shape[-2])
     if lse is not None:
         p.known_lse = _known_lse(p, lse)
 

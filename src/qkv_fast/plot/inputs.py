@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .._dtypes import BFLOAT16, SWAPPED, code_of, widened
-from .._problem.arguments import integer, plain, shown
+from .._given_weights import real_weights
+from .._problem.arguments import integer, shown
 
 Weights = npt.NDArray[np.float32]
 
@@ -26,26 +26,8 @@ def checked_weights(given: Any, dimensions: tuple[int, ...], cure: str = "") -> 
 
     `cure` ends the message of a wrong number of axes.
     """
-    array = plain("weights", given)
-    if code_of(array.dtype) & ~SWAPPED == BFLOAT16:
-        array = widened(array)
-    elif array.dtype.kind not in "fiu":
-        raise TypeError(f"weights have dtype {array.dtype}: real numbers are needed")
-    if array.ndim not in dimensions:
-        accepted = " or ".join(SHAPES[n] for n in dimensions)
-        raise ValueError(f"weights have shape {array.shape}: they must be {accepted}{cure}")
-    if 0 in array.shape:
-        raise ValueError(f"weights have shape {array.shape}: no axis may be empty")
-    weights = array.astype(np.float32, copy=False)
-    least, largest = float(weights.min()), float(weights.max())  # NaN if there is one
-    if not (np.isfinite(least) and np.isfinite(largest)):
-        wrong = least if not np.isfinite(least) else largest
-        raise ValueError(f"weights hold {wrong}: all must be finite")
-    if least < 0:
-        raise ValueError(
-            f"weights hold {least:.6g}: none may be negative; of scores, take a softmax first"
-        )
-    return weights
+    accepted = " or ".join(SHAPES[n] for n in dimensions)
+    return real_weights(given, dimensions, accepted + cure, np.float32)
 
 
 def checked_tokens(
