@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import math
 import re
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -205,16 +203,6 @@ def test_docstrings(name):
     assert examples or name == "Statistics"
     for test in examples:
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
-
-
-def test_the_guide_runs(capsys):
-    guide = Path(__file__).parents[2] / "docs" / "analysis.md"
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile("".join(blocks), "analysis.md", "exec"), names)
-    assert names["small_key"].shape == (2, 500, 64)
-    assert 0 <= names["induction"].max() <= 1
-    assert capsys.readouterr().out.count("head ") == 9
 
 
 def test_the_package_does_not_import_it():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import itertools
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -392,10 +391,3 @@ def test_docstrings():
     result = doctest.testmod(adapter)
     assert result.attempted > 0
     assert result.failed == 0
-
-
-def test_the_guide_runs(capsys):
-    text = (ROOT / "docs" / "integrations" / "onnx.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile("".join(blocks), "onnx.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == ["(1, 4, 24)", "(1, 3, 4, 4)"]
