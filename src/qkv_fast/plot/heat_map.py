@@ -52,7 +52,8 @@ def heat_map(
         A colour map of matplotlib; "viridis" and "cividis" suit colour-blind readers.
     vmax : float, optional
         The weight at the end of the colour scale. Default: the 99th percentile, since a few
-        weights near 1 would leave most heads dark; the colour bar says so.
+        weights near 1 would leave most heads dark (the colour bar says so), or the largest
+        weight where that is hardly larger.
 
     Returns
     -------
@@ -304,8 +305,9 @@ def _longest(labels: dict[int, str]) -> int:
 
 
 def _largest_shown(weights: Weights) -> float:
-    """Return the 99th percentile; the largest weight if that is 0; 1 if all are."""
-    return float(np.percentile(weights, 99)) or float(weights.max()) or 1.0
+    """Return the 99th percentile, or the largest weight if hardly larger or if that is 0; or 1."""
+    percentile, most = float(np.percentile(weights, 99)), float(weights.max())
+    return percentile if 0 < percentile < 0.9 * most else most or 1.0
 
 
 def _axes_list(ax: Any, weights: Weights) -> list[Any]:
