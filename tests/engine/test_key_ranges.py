@@ -139,7 +139,9 @@ def test_any_integers(engine, rng, kind):
     wide = np.zeros((40, 3), int)
     wide[:, 1] = begin
     np.testing.assert_array_equal(sdpa(q, k, v, key_ranges=[wide[:, 1], 70]), expected)
-    np.testing.assert_array_equal(sdpa(q, k, v, key_ranges=(begin[::-1].copy()[::-1], 70)), expected)
+    np.testing.assert_array_equal(
+        sdpa(q, k, v, key_ranges=(begin[::-1].copy()[::-1], 70)), expected
+    )
 
 
 def test_values_beyond_the_keys_and_absent_ends(engine, rng):

@@ -248,6 +248,10 @@ cdef inline bint is_shared(const TensorView *mask) noexcept nogil:
     return mask.head == 0 and mask.row == 0
 
 
+cdef inline bint is_shared_by_heads(const TensorView *view) noexcept nogil:
+    return view.head == 0
+
+
 cdef inline bint is_additive(const TensorView *mask) noexcept nogil:
     """Return whether there is a mask or a bias that is added to the scores."""
     return mask.data != NULL and mask.type != QKV_BOOL
