@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, VarlenOptions, Window
+from ._options import Ints, KeyRanges, VarlenOptions, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, scoring
@@ -77,6 +77,8 @@ def varlen_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     out: Any = None,
     return_lse: bool = False,
@@ -112,6 +114,13 @@ def varlen_attention(
         (top-left, as in torch).
     alibi_slopes : array, shape broadcastable to (sequences, Hq), optional
         ``-slope * abs(position - j)`` is added to the scores.
+    attn_bias : array, broadcastable to (sequences, Hq, Lq, Lk), optional
+        Floating: added to the scores; -inf excludes the key. Lq and Lk are the most queries and
+        keys that a sequence has, and a sequence takes the first rows and columns.
+    key_ranges : pair (begin, end), optional
+        Ints or arrays of ints, each of a shape broadcastable to (Hq, total_q), or None: a token
+        sees keys ``begin <= j < end`` of its sequence only, whose first key is 0. For the rest as
+        in `scaled_dot_product_attention`.
     key_lengths : int or ints, shape broadcastable to (sequences,), optional
         Keys of a sequence from there on are never read.
     out : ndarray or tensor, shape (total_q, Hq, Dv), optional
@@ -154,7 +163,8 @@ def varlen_attention(
     notify_call_start()
     p = Problem()
     packed(p, query, key, value, cu_seqlens_q, cu_seqlens_k, enable_gqa, dtype)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+            key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, Window
+from ._options import Ints, KeyRanges, Window
 from ._problem.output import output_of_weights
 from ._problem.problem import Problem
 from ._problem.selection import scores, selection
@@ -29,6 +29,8 @@ def attention_weights(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     lse: Any = None,
     out: Any = None,
@@ -48,7 +50,8 @@ def attention_weights(
 
         - "scaled": q·k * scale;
         - "softcapped": that after the softcap;
-        - "masked": that with ALiBi and a floating mask added, and -inf where a key is excluded;
+        - "masked": that with ALiBi, a floating mask and a bias added, and -inf where a key is
+          excluded;
         - "softmax": the weights. An excluded key has weight 0, and so have all keys of a row that
           sees none. With sinks a row sums to less than 1.
     rows : slice or ints, optional
@@ -56,7 +59,7 @@ def attention_weights(
         the end. A row keeps its position, its row of the mask and its lse.
     heads : slice or ints, optional
         The query heads that are computed, likewise.
-    query_offset, window, softcap, alibi_slopes, sinks, key_lengths
+    query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths
         As in `scaled_dot_product_attention`. Keys past `key_lengths` are -inf at each stage but
         "softmax", where they are 0.
     lse : array, shape (..., Hq, Lq), optional
@@ -123,7 +126,7 @@ def attention_weights(
     notify_call_start()
     p = Problem()
     scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, query_offset, window, softcap,
-           alibi_slopes, sinks, key_lengths, dtype)  # fmt: skip
+           alibi_slopes, sinks, key_lengths, dtype, attn_bias, key_ranges)  # fmt: skip
     selection(p, stage, rows, heads, lse)
     output_of_weights(p, out, num_threads)
     solve(p)

@@ -23,7 +23,7 @@ import numpy as np
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import FLOAT64, Array
-from ._options import Ints, Window
+from ._options import Ints, KeyRanges, Window
 from ._patterns import head_similarity, induction_score, previous_token_score, rollout
 from ._problem.output import output_of_weights
 from ._problem.problem import Problem
@@ -81,6 +81,8 @@ def attention_received(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     lse: Any = None,
     out: Any = None,
@@ -103,7 +105,7 @@ def attention_received(
         end. A row keeps its position, its row of the mask and its lse.
     heads : slice or ints, optional
         The query heads that are computed, in this order; all by default.
-    query_offset, window, softcap, alibi_slopes, sinks, key_lengths
+    query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths
         As in `scaled_dot_product_attention`. Keys past `key_lengths` receive 0.
     lse : array, shape (..., Hq, Lq), optional
         Log-sum-exps of all rows, as the op returns them with ``return_lse=True``: one of two passes
@@ -152,7 +154,7 @@ def attention_received(
     notify_call_start()
     p = Problem()
     scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, query_offset, window, softcap,
-           alibi_slopes, sinks, key_lengths, dtype)  # fmt: skip
+           alibi_slopes, sinks, key_lengths, dtype, attn_bias, key_ranges)  # fmt: skip
     choose(p, "received", rows, heads, lse)
     if p.heads is None:  # a KV group's query heads are summed apart, so none are computed together
         p.heads = np.arange(p.query.shape[-3])
@@ -177,6 +179,8 @@ def attention_statistics(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     num_threads: int | None = None,
     dtype: Any = None,
@@ -191,7 +195,9 @@ def attention_statistics(
         As in `scaled_dot_product_attention`.
     rows, heads : slice or ints, optional
         The query rows and heads that are computed, in this order, as in `attention_weights`.
-    query_offset, window, softcap, alibi_slopes, sinks, key_lengths, num_threads, dtype
+    query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths
+        As in `scaled_dot_product_attention`.
+    num_threads, dtype
         As in `scaled_dot_product_attention`.
 
     Returns
@@ -240,7 +246,7 @@ def attention_statistics(
     notify_call_start()
     p = Problem()
     scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, query_offset, window, softcap,
-           alibi_slopes, sinks, key_lengths, dtype)  # fmt: skip
+           alibi_slopes, sinks, key_lengths, dtype, attn_bias, key_ranges)  # fmt: skip
     choose(p, "statistics", rows, heads)
     output_of_weights(p, None, num_threads)
     numbers = np.asarray(solve(p))

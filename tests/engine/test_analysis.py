@@ -146,6 +146,21 @@ def test_masks(engine, rng, shape, kind):
     check(q, k, attn_mask=mask, is_causal=True, key_lengths=[150, 70])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_ranges_of_keys_and_a_bias(engine, rng, causal):
+    q, k, _ = make(rng, (2, 4, 2, 70, 150, 24, 24))
+    ranges = {
+        "documents": (np.arange(70) // 20 * 30, np.arange(70) // 20 * 30 + 30),
+        "each head": (None, rng.integers(-3, 160, (4, 1))),
+        "some rows see none": (rng.integers(0, 150, (2, 1, 70)), rng.integers(0, 150, 70)),
+    }
+    bias = normal(rng, (4, 70, 150))
+    mask = rng.random((2, 1, 1, 150)) < 0.8
+    for key_ranges in ranges.values():
+        check(q, k, is_causal=causal, query_offset=20, key_ranges=key_ranges)
+        check(q, k, attn_mask=mask, is_causal=causal, key_ranges=key_ranges, attn_bias=bias)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_modifiers_together(engine, rng, dtype):
     q, k, _ = make(rng, (2, 4, 2, 70, 290, 24, 24), dtype)

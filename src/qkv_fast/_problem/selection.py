@@ -30,12 +30,15 @@ def scores(
     sinks: Any,
     key_lengths: Any,
     dtype: Any,
+    attn_bias: Any,
+    key_ranges: Any,
 ) -> None:
     """Set all that the scores of dense queries and keys depend on."""
     without_values(p, query, key, enable_gqa, dtype)
     if attn_mask is not None:
         mask(p, attn_mask)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+            key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
 
@@ -49,6 +52,8 @@ def selection(p: Problem, stage: Any, rows: Any, heads: Any, lse: Any) -> None:
     choose(p, stage, rows, heads, lse)
     if stage in ("scaled", "softcapped"):
         p.attn_mask, p.mask_code, p.alibi_slopes = None, -1, None
+        p.attn_bias, p.bias_code = None, -1
+        p.key_begins = p.key_ends = None
         p.left = p.right = UNBOUNDED
     if stage == "scaled":
         p.softcap = 0.0
