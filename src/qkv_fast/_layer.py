@@ -12,7 +12,7 @@ from . import _layer_call, _layer_weights
 from ._dtypes import BFLOAT16, CODES, FLOAT64, Array, code_of
 from ._kv_cache import KVCache
 from ._layer_weights import Parts, checked, rounded_weight, row_counts, weight_code
-from ._options import Ints, Window
+from ._options import Ints, KeyRanges, Window
 from ._problem.arguments import flag, integer, real
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class LayerOptions(TypedDict, total=False):
     softcap: float | None
     alibi_slopes: Any
     sinks: Any
+    attn_bias: Any
+    key_ranges: KeyRanges | None
     num_threads: int | None
 
 
@@ -431,7 +433,7 @@ class MultiHeadAttention:
             Where the result goes. It may be x, or overlap any input.
         need_weights : bool
             Also return what each head gives each key.
-        window, softcap, alibi_slopes, sinks, num_threads
+        window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, num_threads
             As in `scaled_dot_product_attention`.
 
         Returns

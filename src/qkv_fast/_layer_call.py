@@ -383,8 +383,11 @@ class Call:
     def groups(self) -> Iterator[slice]:
         """Yield the sequences that are taken together."""
         step = max(1, ROWS_AT_ONCE // max(1, self.length))
-        slopes: Any = self.op.get("alibi_slopes")
-        if np.ndim(slopes) > 1:  # of the whole batch
+        ranges = self.op.get("key_ranges")
+        ends: list[Any] = list(ranges) if isinstance(ranges, tuple | list) else []
+        given = [(self.op.get("alibi_slopes"), 1), (self.op.get("attn_bias"), 3)]
+        given += [(end, 2) for end in ends]
+        if any(x is not None and np.ndim(x) > axes for x, axes in given):  # differ over the batch
             step = max(1, self.batch)
         for begin in range(0, self.batch, step):
             yield slice(begin, min(self.batch, begin + step))

@@ -132,6 +132,16 @@ def test_many_sequences_are_taken_some_at_a_time(engine, rng):
     np.testing.assert_allclose(got[7:8], layer(x[7:8], alibi_slopes=slopes[7:8]), atol=1e-5)
 
 
+def test_ranges_and_biases_of_a_batch(engine, rng):
+    layer = make_layer(rng, 16, 2)
+    x = normal(rng, (40, 60, 16))
+    begins = rng.integers(0, 30, (40, 1, 60))
+    bias = normal(rng, (40, 2, 60, 60))
+    check(layer, x, key_ranges=(begins, None))
+    check(layer, x, attn_bias=bias, is_causal=True)
+    check(layer, x, attn_bias=bias[0], key_ranges=(None, begins[0] + 30))
+
+
 @pytest.mark.parametrize("kind", ["none", "right", "left", "all of one", "holes"])
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "per head"])
 def test_padding_and_masks(engine, rng, kind, mask):
