@@ -302,30 +302,34 @@ def _compute(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Compute a call whose tensors are of the right kind, whether they require grad or not."""
-    query, key, value, attn_mask = (
-        x if x is None or type(x) is torch.Tensor and not x.requires_grad else x.detach()
-        for x in (query, key, value, attn_mask)
-    )
+    query, key, value = (_plain(x) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = _plain(attn_mask)
     answer: torch.Tensor | None = _dispatch.shortcuts.attend_tensors(
         query, key, value, attn_mask, is_causal, scale, enable_gqa, _empty_like
     )
     if answer is not None:
         return answer
     out = _new_result(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    heads = [_heads(x) for x in (query, key, value)]
-    if not _are_groups(*heads, enable_gqa) and heads.count(heads[0]) < 3:
-        if heads[1] == heads[2] == 1:  # one head that all query heads read
-            enable_gqa = True
-        else:
-            query, key, value = (
-                x.expand(*x.shape[:-3], max(heads), *x.shape[-2:]) for x in (query, key, value)
-            )
+    heads = out.shape[-3] if out.dim() > 2 else 1
+    if _heads(key) == _heads(value) == 1:  # one head that all query heads read
+        enable_gqa = True
+    elif not _are_groups(_heads(query), _heads(key), _heads(value), enable_gqa):
+        query, key, value = (_with_heads(x, heads) for x in (query, key, value))
     if scale is not None:
         scale = float(scale)  # torch takes a tensor of one element
     qkv_fast.scaled_dot_product_attention(
         query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, out=out
     )
     return out
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x if type(x) is torch.Tensor and not x.requires_grad else x.detach()
+
+
+def _with_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x if _heads(x) == heads else x.expand(*x.shape[:-3], heads, *x.shape[-2:])
 
 
 def _new_result(
@@ -347,9 +351,12 @@ def _result_shape(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> Shape | None:
     """Return the shape of the result; None if batch axes and heads do not fit together."""
-    if _are_groups(_heads(query), _heads(key), _heads(value), enable_gqa):
+    heads = _heads(query), _heads(key), _heads(value)
+    if _are_groups(*heads, enable_gqa):
         lead = _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-        lead = None if lead is None else (*lead, _heads(query))
+        lead = None if lead is None else (*lead, heads[0])
+    elif enable_gqa and heads.count(heads[0]) < 3:
+        return None
     else:
         lead = _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     return None if lead is None else (*lead, query.shape[-2], value.shape[-1])
