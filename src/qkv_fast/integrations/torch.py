@@ -316,8 +316,8 @@ def _compute(
         enable_gqa = True
     elif not _are_groups(_heads(query), _heads(key), _heads(value), enable_gqa):
         query, key, value = (_with_heads(x, heads) for x in (query, key, value))
-    if scale is not None:
-        scale = float(scale)  # torch takes a tensor of one element
+    if isinstance(scale, torch.Tensor):  # torch takes one of one element
+        scale = float(scale)
     qkv_fast.scaled_dot_product_attention(
         query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, out=out
     )
