@@ -133,6 +133,15 @@ CASES: dict[str, Callable[[], tuple[Any, Any, Any, dict[str, Any]]]] = {
     "rows without keys": lambda: (
         *r(3, 2, 3, 9, 16), {"attn_mask": torch.arange(9)[:, None] > torch.arange(9)}),
     "bias of -inf": lambda: (*r(3, 2, 3, 9, 16), {"attn_mask": torch.full((9, 9), -torch.inf)}),
+    "mask of strides 0": lambda: (
+        r(2, 3, 9, 16), *r(2, 2, 3, 12, 16),
+        {"attn_mask": bools(12).as_strided((2, 3, 9, 12), (0, 0, 0, 1))}),
+    "tokens as queries, keys of strides 0": lambda: (
+        r(3, 1, 18, 128).transpose(1, 2)[:, :16],
+        *(r(3, 14, 1, 128).expand(3, 14, 16, 128).transpose(1, 2) for _ in "kv"),
+        {"attn_mask": bools(3, 1, 1, 14)}),
+    "large products": lambda: (*torch.full((3, 1, 4, 23, 80), 256.0), {}),
+    "large scale below 0": lambda: (*r(1, 1, 3, 64, 64).expand(3, 1, 3, 64, 64), {"scale": -1e4}),
     "groups": lambda: (r(2, 6, 9, 16), *r(2, 2, 3, 9, 16), {"enable_gqa": True}),
     "groups, causal": lambda: (
         r(2, 6, 70, 16), *r(2, 2, 2, 70, 16), {"enable_gqa": True, "is_causal": True}),
@@ -317,6 +326,21 @@ def test_nothing_is_copied(engine, monkeypatch):
             expected = [*given, options["attn_mask"], out]
             assert seen == [x.data_ptr() for x in expected]
             check(out, given, options)
+
+
+@pytest.mark.parametrize("name", ["causal_upper_left", "causal_lower_right"])
+def test_the_biases_of_torch(engine, name):
+    """They are subclasses of Tensor that call torch's function in turn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch.nn.attention.bias as biases
+    bias = getattr(biases, name)(5, 9)
+    q, k, v = r(2, 3, 5, 8), *r(2, 2, 3, 9, 8)
+    with patch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = F.scaled_dot_product_attention(q, k, v, bias)
+    lower = torch.ones(5, 9, dtype=torch.bool).tril(4 if name == "causal_lower_right" else 0)
+    torch.testing.assert_close(result, own(q, k, v, lower))
 
 
 def test_negated_views(engine):
