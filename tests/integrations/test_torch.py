@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import doctest
 import gc
@@ -34,11 +35,18 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
           "bfloat16": torch.bfloat16}  # fmt: skip
 
 
+def warm() -> None:
+    """Connect the shortcut, as the first call of a dtype does."""
+    for dtype in DTYPES.values():
+        sdpa(*torch.ones(3, 1, 1, 1, 1, dtype=dtype))
+
+
 @pytest.fixture(params=["python", "native"])
 def engine(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "native":
         request.getfixturevalue("native")
     with qkv_fast.backend(request.param):
+        warm()
         yield
 
 
@@ -50,6 +58,7 @@ def no_warning_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    warm()
     yield
     assert F.scaled_dot_product_attention is own
     assert not adapter._active
@@ -270,8 +279,6 @@ def test_plain_calls_take_the_shortcut(native):
     """It makes the result itself, and leaves all other calls alone."""
     if qkv_fast._select.current().tiles != "simd":
         pytest.skip("BLAS tiles take no shortcut")
-    for dtype in (torch.float32, torch.bfloat16):
-        sdpa(*r(3, 1, 1, 1, 8).to(dtype))  # the first call finds the engine
     made: list[Any] = []
 
     def note(like: Any) -> Any:
@@ -328,18 +335,20 @@ def test_nothing_is_copied(engine, monkeypatch):
             check(out, given, options)
 
 
+@pytest.mark.parametrize("is_patched", [False, True])
 @pytest.mark.parametrize("name", ["causal_upper_left", "causal_lower_right"])
-def test_the_biases_of_torch(engine, name):
-    """They are subclasses of Tensor that call torch's function in turn."""
+def test_the_biases_of_torch(engine, name, is_patched):
+    """They are subclasses of Tensor that look for torch's function by its name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch.nn.attention.bias as biases
-    bias = getattr(biases, name)(5, 9)
     q, k, v = r(2, 3, 5, 8), *r(2, 2, 3, 9, 8)
-    with patch(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = F.scaled_dot_product_attention(q, k, v, bias)
     lower = torch.ones(5, 9, dtype=torch.bool).tril(4 if name == "causal_lower_right" else 0)
+    bias = getattr(biases, name)(5, 9)
+    with patch() if is_patched else contextlib.nullcontext():
+        result = sdpa(q, k, v, bias)
+        with pytest.raises(ValueError, match="causal"):
+            sdpa(q, k, v, bias, is_causal=True)
     torch.testing.assert_close(result, own(q, k, v, lower))
 
 

@@ -37,7 +37,8 @@ _SCHEMA = (
 )
 
 _empty_like = torch.empty_like
-# What shows that something in torch must see a call: _why_watched says what.
+# What shows that something in torch must see a call: _why_watched says what. Tensors within a
+# transform have no memory of their own, so the shortcut does not recognise them.
 _count_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
 _jit_trace = torch._C._get_tracing_state
@@ -125,7 +126,6 @@ def scaled_dot_product_attention(
     if (
         dropout_p == 0.0
         and not _count_modes()
-        and not _has_transforms()
         and forward_ad._current_level < 0
         and _jit_trace() is None
         and not _is_autocast("cpu")
@@ -149,6 +149,8 @@ def _checked(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Compute a call that the shortcut did not recognise, or leave it to torch."""
+    if type(attn_mask).__module__ == "torch.nn.attention.bias":
+        attn_mask, is_causal = _plain_bias(attn_mask, is_causal)
     reason = _why_watched(query, key, value, attn_mask)
     if not reason and _count_modes():
         return _dispatched(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -274,6 +276,19 @@ def _why_not(
         if _broadcast(attn_mask.shape, scores) != scores:
             return "the mask does not broadcast to (..., Hq, Lq, Lk)"
     return ""
+
+
+def _plain_bias(bias: Any, is_causal: bool) -> tuple[torch.Tensor | None, bool]:
+    """Return a CausalBias of torch as attn_mask and is_causal.
+
+    Its own code compares with ``torch.nn.functional.scaled_dot_product_attention``, so torch's own
+    function does not reach it while `patch` is in force.
+    """
+    if is_causal:
+        raise ValueError("attn_mask is a CausalBias: is_causal must be False then")
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
+        return None, True
+    return bias._materialize(), False
 
 
 def _is_right_mask(attn_mask: torch.Tensor, dtype: torch.dtype) -> bool:
