@@ -56,7 +56,7 @@ class _NoShortcuts:
     def attend(*arguments: Any) -> None:
         pass
 
-    attend_pages = attend_cache = attend
+    attend_pages = attend_cache = attend_tensors = attend
 
 
 shortcuts: Any = _NoShortcuts  # see _native/shortcut.pyx

@@ -2,7 +2,7 @@
 
 Each module stands below those that import it:
 
-    shortcut        attend(): a plain dense call, from its arrays to its answer
+    shortcut        attend(), attend_tensors(): a plain dense call, from its arrays to its answer
     stored_shortcut  attend_pages(), attend_cache(): the same for stored keys
       tensor_views  tensors of torch as arrays
       engine        Runner: a call, and its scratch
@@ -32,7 +32,7 @@ from .engine import Runner
 from .isa import best_isa, compiler, isas
 from .parallel import assume_cpus, limit_cpus, notify_call_start, team_calls, threading
 from .probes import fma_peak, read_bandwidth, read_once
-from .shortcut import attend, connect
+from .shortcut import attend, attend_tensors, connect
 from .stored_shortcut import attend_cache, attend_pages
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "attend",
     "attend_cache",
     "attend_pages",
+    "attend_tensors",
     "best_isa",
     "connect",
     "fma_peak",

@@ -1,5 +1,7 @@
 """attend(): a plain dense call, from the caller's arrays to its answer; also see stored_shortcut.
 
+attend_tensors() does the same for integrations/torch.py: torch's parameters, a tensor as answer.
+
 A small call computes for less time than the stages of _problem/ take in Python. Most calls need
 none of their cases: arrays or tensors of one native element type and one batch shape, perhaps a
 mask and positions, and no other options. This module recognises such a call in C and runs the
@@ -304,3 +306,35 @@ def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
                    num_threads):
         return None
     return out if lse is None else (out, lse)
+
+
+def attend_tensors(query, key, value, attn_mask, is_causal, scale, enable_gqa, empty_like):
+    """Return the answer of integrations.torch as a new tensor; None if that module has to look.
+
+    It is laid out like query where torch's own is, by empty_like, which is torch's.
+    """
+    cdef cnp.ndarray q, k, v, mask = None, rows
+    cdef int code = -1, key_code = -1, value_code = -1, mask_code = -1, out_code = -1, ndim
+    if not (is_bool(is_causal) and (scale is None or type(scale) is float) and is_bool(enable_gqa)):
+        return None
+    q = view_tensor(query, &code)
+    k = view_tensor(key, &key_code)
+    v = view_tensor(value, &value_code)
+    if (q is None or k is None or v is None or code < 0 or code == QKV_BOOL or key_code != code
+            or value_code != code or not fit(q, k, v, enable_gqa, True)):
+        return None
+    if attn_mask is not None:
+        mask = view_tensor(attn_mask, &mask_code)
+        if (mask is None or cnp.PyArray_NDIM(mask) < 2
+                or mask_code not in (QKV_BOOL, QKV_FLOAT32, code)):     # as torch wants it
+            return None
+    ndim = cnp.PyArray_NDIM(q)
+    if cnp.PyArray_DIMS(q)[ndim - 1] == cnp.PyArray_DIMS(v)[ndim - 1]:
+        out = empty_like(query)
+    else:
+        out = query.new_empty((*query.shape[:ndim - 1], cnp.PyArray_DIMS(v)[ndim - 1]))
+    rows = view_tensor(out, &out_code)
+    if out_code != code or not compute(q, k, v, mask, rows, None, code, mask_code, scale, is_causal,
+                                       0, None):
+        return None
+    return out
