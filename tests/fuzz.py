@@ -278,9 +278,10 @@ class Truth:
         if cap is not None:
             endless = ~np.isfinite(q).all(-1) | ~np.isfinite(k).all()
             scores = np.where(endless, cap, scores)
-        mask = self.options.get("attn_mask")
-        if mask is not None and mask.dtype != bool:
-            scores = scores + np.abs(np.nan_to_num(mask, posinf=0.0, neginf=0.0)).max(initial=0)
+        for name in ("attn_mask", "attn_bias"):
+            mask = self.options.get(name)
+            if mask is not None and mask.dtype != bool:
+                scores = scores + np.abs(np.nan_to_num(mask, posinf=0.0, neginf=0.0)).max(initial=0)
         slopes = self.options.get("alibi_slopes")
         if slopes is not None:
             batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
@@ -735,8 +736,63 @@ def add_modifiers(
         listed = draw.chance(0.3)
         given["sinks"] = sinks.tolist() if listed else place(draw, memories, sinks).array
         truth["sinks"] = sinks.astype(float)
+    add_ranges(draw, case, truth, (*batch, heads, q_len), kv_len)
     if draw.chance(0.3):
         given["return_lse"] = True
+
+
+def add_ranges(
+    draw: Draw, case: Case, truth: Options, shape: tuple[int, ...], kv_len: int
+) -> None:
+    """Draw key_ranges that broadcast to shape, (*batch, Hq, Lq); varlen's are (Hq, total_q)."""
+    if not draw.chance(0.25):
+        return
+    ends = []
+    for _ in range(2):
+        own = [1 if draw.chance(0.3) else n for n in shape][draw.whole(0, len(shape)) :]
+        ends.append(draw.rng.integers(-3, kv_len + 4, own))
+    begin, end = ends
+    kind = draw.uniform()
+    if kind < 0.3:  # narrow ranges
+        end = begin + draw.rng.integers(-1, 1 + max(1, kv_len // 4), begin.shape)
+    elif kind < 0.5:  # most rows see something
+        begin = begin // 4
+    beyond = draw.pick((2**40, 2**62, 2**63 - 1))
+    if begin.size and draw.chance(0.1):
+        begin = np.array(begin)
+        begin.flat[draw.whole(0, begin.size - 1)] = draw.pick((-beyond, beyond))
+    if end.size and draw.chance(0.1):
+        end = np.array(end)
+        end.flat[draw.whole(0, end.size - 1)] = draw.pick((-beyond, beyond))
+    absent = draw.uniform()
+    sides = [None if absent < 0.15 else begin, None if 0.1 < absent < 0.25 else end]
+    given = [None if x is None else as_ints(draw, case.memories, x) for x in sides]
+    case.arguments["key_ranges"] = draw.pick((tuple, list))(given)
+    truth["key_ranges"] = tuple(sides)
+
+
+def add_bias(
+    draw: Draw,
+    case: Case,
+    truth: Options,
+    shape: tuple[int, ...],
+    bits: bool,
+    dtypes: Sequence[str] = FLOATS,
+) -> None:
+    """Draw a bias that broadcasts to shape, (*batch, Hq, Lq, Lk)."""
+    own = list(shape)
+    kind = draw.uniform()
+    if kind < 0.5:
+        own[:-3] = [1] * len(own[:-3])  # the same for all batch entries
+    elif kind < 0.8:
+        own = [1 if draw.chance(0.35) else n for n in own][draw.whole(0, len(own) - 1) :]
+    name = draw.pick([n for n in dtypes if n != "bfloat16" or bits or ml_dtypes is not None])
+    bias = draw.rng.standard_normal(own) * draw.pick((0.0, 1.0, 1.0, 5.0))
+    if draw.chance(0.3):
+        bias = np.where(draw.rng.random(own) < draw.pick((0.02, 0.5, 1.0)), -np.inf, bias)
+    data = encode(np.ascontiguousarray(bias), name)
+    truth["attn_bias"] = decode(data)
+    case.arguments["attn_bias"] = place(draw, case.memories, data, name, bits=bits).array
 
 
 def add_mask(
@@ -870,7 +926,15 @@ def draw_dense(draw: Draw, sizes: Sizes | None = None) -> Case:
         if flat and truth["attn_mask"].ndim > 2:
             mask = truth["attn_mask"]
             truth["attn_mask"] = mask.reshape(mask.shape[-2:])
+    if draw.chance(0.2):
+        add_bias(draw, case, truth, (*heads, s.q_len, s.kv_len), bits)
+        if flat and truth["attn_bias"].ndim > 2:
+            truth["attn_bias"] = truth["attn_bias"].reshape(truth["attn_bias"].shape[-2:])
     add_modifiers(draw, case, truth, batch, s, 0)
+    if flat and truth.get("key_ranges"):
+        truth["key_ranges"] = tuple(
+            None if x is None else x.reshape(x.shape[-1:]) for x in truth["key_ranges"]
+        )
     case.truth = Truth(exact["query"], exact["key"], exact["value"], truth)
     shape = (s.q_len, s.dv) if flat else (*heads, s.q_len, s.dv)
     add_out(draw, case, shape, bits, placed["query"])
@@ -924,9 +988,12 @@ def draw_varlen(draw: Draw) -> Case:
     if bits:
         case.arguments["dtype"] = "bfloat16"
     truth: Options = {"key_lengths": seen}
+    if draw.chance(0.2):
+        add_bias(draw, case, truth, (count, s.heads, s.q_len, s.kv_len), bits)
     add_modifiers(draw, case, truth, (count,), s, lengths_k - lengths_q)
 
     row_q, slot_q = spread(lengths_q)
+    add_packed_ranges(draw, case, truth, (count, s.heads, s.q_len), row_q, slot_q)
     row_k, slot_k = spread(seen)
     at_k = cu_k[row_k] + slot_k
     dense = {"query": np.zeros((count, s.heads, s.q_len, s.d))}
@@ -938,6 +1005,22 @@ def draw_varlen(draw: Draw) -> Case:
     case.truth = Truth(*dense.values(), truth, lambda result: result[row_q, :, slot_q])
     add_out(draw, case, (int(cu_q[-1]), s.heads, s.dv), bits, placed["query"])
     return case
+
+
+def add_packed_ranges(
+    draw: Draw, case: Case, truth: Options, shape: tuple[int, ...], row: Array, slot: Array
+) -> None:
+    """Turn the ranges that were drawn for a dense problem into those of packed tokens."""
+    if "key_ranges" not in truth:
+        return
+    dense = [None if x is None else np.broadcast_to(x, shape) for x in truth["key_ranges"]]
+    if draw.chance(0.5):  # the same for all heads
+        dense = [None if x is None or not x.size else x[:, :1] for x in dense]
+    truth["key_ranges"] = tuple(dense)
+    packed = [None if x is None else x[row, :, slot].T for x in dense]
+    case.arguments["key_ranges"] = tuple(
+        None if x is None else as_ints(draw, case.memories, x) for x in packed
+    )
 
 
 def spread(lengths: Array) -> tuple[Array, Array]:
@@ -1023,6 +1106,8 @@ def draw_paged(draw: Draw) -> Case:
     truth: Options = {"key_lengths": lengths}
     if draw.chance(0.25):
         add_mask(draw, case, truth, (count, s.heads, s.q_len, s.kv_len), bits)
+    if draw.chance(0.15):
+        add_bias(draw, case, truth, (count, s.heads, s.q_len, s.kv_len), bits)
     add_modifiers(draw, case, truth, (count,), s, lengths - s.q_len)
     case.truth = Truth(exact["query"], exact["key"], exact["value"], truth)
     add_out(draw, case, (count, s.heads, s.q_len, s.dv), bits, placed["query"])
@@ -1379,6 +1464,8 @@ class CacheWalk:
         truth: Options = {"key_lengths": lengths}
         if draw.chance(0.25):
             add_mask(draw, case, truth, (len(chosen), s.heads, s.q_len, s.kv_len), True)
+        if draw.chance(0.15):
+            add_bias(draw, case, truth, (len(chosen), s.heads, s.q_len, s.kv_len), True)
         add_modifiers(draw, case, truth, (len(chosen),), s, lengths - s.q_len, False)
         exact = [np.zeros((len(chosen), self.heads, s.kv_len, n)) for n in (self.d, self.dv)]
         for at, i in enumerate(chosen):
@@ -1518,6 +1605,12 @@ def wrong_modifiers(draw: Draw, case: Case, heads: int, batch: tuple[int, ...]) 
                               np.ones(heads, bool))),
         "sinks": pick((1.0, np.ones(heads + 1), np.ones((1, heads)), [1j] * heads, [None] * heads,
                        "a", ["a"] * heads, np.ones(heads, bool))),
+        "attn_bias": pick((np.ones(shape[-1], bool), np.ones(1, int), [0.0], "x", 1.0,
+                           np.ones((*shape, 2)), np.ones(1, "c8"), np.ma.ones(1), np.ones(77))),
+        "key_ranges": pick((3, (1,), (1, 2, 3), "abc", (0.5, None), (None, np.ones(1)),
+                            (True, None), (0, "1"), (None, [[1], [1, 2]]), (2**70, None),
+                            (0, np.zeros(77, int)), (np.ma.zeros(1, int), 5), (-(2**64), 2),
+                            (np.zeros((2,) * 5, int), None), (np.full(1, 2**63, "u8"), None))),
         "num_threads": pick((0, -1, 1.5, True, "2", math.nan, -(2**70), [2])),
         "dtype": pick(("float32", 3, np.float32, object(), "bf16", [])),
         "out": pick((np.zeros(result).tolist(), np.zeros((*result, 1), dtype),

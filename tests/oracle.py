@@ -75,6 +75,8 @@ def scores(
     window: Any = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
+    attn_bias: Any = None,
+    key_ranges: Any = None,
     key_lengths: Any = None,
     real: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +104,16 @@ def scores(
         else:
             allowed &= mask != -np.inf
             s = s + mask.astype(real)
+    if attn_bias is not None:
+        bias = np.asarray(attn_bias)
+        allowed &= bias != -np.inf
+        s = s + bias.astype(real)
+    if key_ranges is not None:
+        begin, end = (None if x is None else np.asarray(x)[..., None] for x in key_ranges)
+        if begin is not None:
+            allowed &= j >= begin
+        if end is not None:
+            allowed &= j < end
     if is_causal:
         allowed &= j <= position
     if window is not None:

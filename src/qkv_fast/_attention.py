@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import DenseOptions, Ints, Window
+from ._options import DenseOptions, Ints, KeyRanges, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, mask, no_dropout, scoring
@@ -77,6 +77,8 @@ def scaled_dot_product_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     out: Any = None,
     return_lse: bool = False,
@@ -199,7 +201,8 @@ def scaled_dot_product_attention(
     """
     answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset, window,
-        softcap, alibi_slopes, sinks, key_lengths, out, return_lse, num_threads, dtype)  # fmt: skip
+        softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths, out, return_lse,
+        num_threads, dtype)  # fmt: skip
     if answer is not None:
         return answer
     notify_call_start()
@@ -209,7 +212,8 @@ def scaled_dot_product_attention(
         mask(p, attn_mask)
     if type(dropout_p) is not float or dropout_p:
         no_dropout(dropout_p)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+            key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads)

@@ -9,7 +9,7 @@ import numpy as np
 from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import CODES, Array, dtype_name, rounded
-from ._options import CacheOptions, Ints, Window
+from ._options import CacheOptions, Ints, KeyRanges, Window
 from ._page_pool import LARGEST, PagePool
 from ._problem.arguments import as_array, indices_of, integer, per_sequence, shown
 from ._problem.output import output
@@ -325,6 +325,8 @@ class KVCache:
         softcap: float | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
+        attn_bias: Any = None,
+        key_ranges: KeyRanges | None = None,
         out: Any = None,
         return_lse: bool = False,
         num_threads: int | None = None,
@@ -359,8 +361,8 @@ class KVCache:
         if sequences is None and pool.window is None:
             answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_cache(
                 query, pool.keys, pool.values, pool.key_scales, pool.value_scales, table, lengths,
-                attn_mask, is_causal, scale, window, softcap, alibi_slopes, sinks, out, return_lse,
-                num_threads)  # fmt: skip
+                attn_mask, is_causal, scale, window, softcap, alibi_slopes, sinks, attn_bias,
+                key_ranges, out, return_lse, num_threads)  # fmt: skip
             if answer is not None:
                 return answer
         notify_call_start()
@@ -380,7 +382,8 @@ class KVCache:
                table, lengths)  # fmt: skip
         if attn_mask is not None:
             mask(p, attn_mask)
-        scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks)
+        scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks, attn_bias,
+                key_ranges)  # fmt: skip
         output(p, out, return_lse, num_threads)
         return solve(p)
 

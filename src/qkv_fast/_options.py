@@ -9,6 +9,7 @@ from ._dtypes import Array
 
 Ints = int | Sequence[int] | Array
 Window = tuple[int | None, int | None]
+KeyRanges = tuple[Any, Any]  # each of Ints, anything that NumPy can view as these, or None
 
 
 class Options(TypedDict, total=False):
@@ -18,6 +19,8 @@ class Options(TypedDict, total=False):
     softcap: float | None
     alibi_slopes: Any
     sinks: Any
+    attn_bias: Any
+    key_ranges: KeyRanges | None
     out: Any
     num_threads: int | None
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, PagedOptions, Window
+from ._options import Ints, KeyRanges, PagedOptions, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import mask, scoring
@@ -81,6 +81,8 @@ def paged_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_scales: Any = None,
     value_scales: Any = None,
     out: Any = None,
@@ -160,8 +162,8 @@ def paged_attention(
     """
     answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_pages(
         query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal, scale,
-        enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, key_scales, value_scales,
-        out, return_lse, num_threads, dtype)  # fmt: skip
+        enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges,
+        key_scales, value_scales, out, return_lse, num_threads, dtype)  # fmt: skip
     if answer is not None:
         return answer
     notify_call_start()
@@ -170,7 +172,8 @@ def paged_attention(
           enable_gqa, dtype)  # fmt: skip
     if attn_mask is not None:
         mask(p, attn_mask)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+            key_ranges)  # fmt: skip
     output(p, out, return_lse, num_threads)
     check_pages(p)
     return solve(p)

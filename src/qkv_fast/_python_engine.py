@@ -2,7 +2,7 @@
 
 For each block of rows, with the keys that at least one of its rows sees:
 
-    scores  = q kᵀ · scale, capped, with ALiBi and the additive mask
+    scores  = q kᵀ · scale, capped, with ALiBi, the additive mask and the bias
     weights = exp(scores - max), 0 where a key is excluded
     out     = weights v / sum(weights)
 """
@@ -75,9 +75,12 @@ class Entry(NamedTuple):
     key: Rows
     value: Rows
     mask: Array | None  # (Hq, q_len, kv_len)
+    bias: Array | None
     slopes: Array | None  # (Hq,)
     out: Array  # (Hq, q_len, Dv)
     lse: Array | None
+    key_begins: Array | None  # (Hq, q_len)
+    key_ends: Array | None
     positions: Array  # of the queries, (q_len,)
     kv_len: int  # its keys
 
@@ -105,9 +108,12 @@ def batch_entry(p: Problem, index: tuple[int, ...]) -> Entry:
         rows(p.key, p.key_scales, p.key_code),
         rows(p.value, p.value_scales, p.value_code),
         of_entry(p.attn_mask),
+        of_entry(p.attn_bias),
         of_entry(p.alibi_slopes),
         of_entry(out, p.query_starts, q_len),
         of_entry(p.lse, p.query_starts, q_len),
+        of_entry(p.key_begins, p.query_starts, q_len),
+        of_entry(p.key_ends, p.query_starts, q_len),
         np.arange(offset, offset + q_len),
         kv_len,
     )
@@ -132,7 +138,7 @@ def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slic
     """Compute rows of the query heads of some key heads."""
     real = np.float64 if p.code == FLOAT64 else np.float32
     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-    keys = visible_keys(p, entry, rows)
+    keys = visible_keys(p, entry, heads, rows)
     # (kv heads, group, rows, keys)
     scores = products(p, entry, kv_heads, heads, rows, keys)
     scores, allowed = modified(p, entry, scores, heads, rows, keys)
@@ -195,12 +201,19 @@ def modified(
         slopes = entry.slopes[heads].reshape(*scores.shape[:2], 1, 1)
         scores += (-slopes * np.abs(distance)).astype(real)
     allowed = np.broadcast_to((distance <= p.left) & (-distance <= p.right), scores.shape)
-    if entry.mask is not None:
-        mask = entry.mask[heads, rows, keys].reshape(scores.shape)
+    if entry.key_begins is not None and entry.key_ends is not None:
+        key, shape = np.arange(keys.start, keys.stop), (*scores.shape[:3], 1)
+        begins = entry.key_begins[heads, rows].reshape(shape)
+        ends = entry.key_ends[heads, rows].reshape(shape)
+        allowed = allowed & (begins <= key) & (key < ends)
+    for array, code in ((entry.mask, p.mask_code), (entry.bias, p.bias_code)):
+        if array is None:
+            continue
+        mask = array[heads, rows, keys].reshape(scores.shape)
         if mask.dtype == np.bool_:
             allowed = allowed & mask
         else:
-            mask = reals(mask, p.mask_code)
+            mask = reals(mask, code)
             limit = np.finfo(real).max  # a finite bias of a wider type stays finite
             bias = np.where(np.isfinite(mask), np.clip(mask, -limit, limit), mask)
             scores += bias.astype(real)
@@ -208,13 +221,21 @@ def modified(
     return np.where(allowed, scores, -np.inf).astype(real, copy=False), allowed
 
 
-def visible_keys(p: Problem, entry: Entry, rows: slice) -> slice:
-    """Return the keys from the first to the last that some row sees by its position."""
+def visible_keys(p: Problem, entry: Entry, heads: slice, rows: slice) -> slice:
+    """Return the keys from the first to the last that some row may see.
+
+    It is what the rows' positions and their ranges allow.
+    """
     start, stop = 0, entry.kv_len
     if p.left < UNBOUNDED:
         start = min(stop, max(0, int(entry.positions[rows].min()) - p.left))
     if p.right < UNBOUNDED:
         stop = max(start, min(stop, int(entry.positions[rows].max()) + p.right + 1))
+    if entry.key_begins is not None and entry.key_ends is not None:
+        begins, ends = entry.key_begins[heads, rows], entry.key_ends[heads, rows]
+        some = begins < ends
+        start = min(stop, max(start, int(begins.min(where=some, initial=stop))))
+        stop = max(start, min(stop, int(ends.max(where=some, initial=start))))
     return slice(start, stop)
 
 

@@ -42,10 +42,16 @@ def _select(entry: Entry, head: int, rows: Array) -> Entry:
     def of_head(array: Array | None) -> Any:
         return None if array is None else array[head : head + 1]
 
+    def of_rows(array: Array | None) -> Any:
+        return None if array is None else array[head, rows][np.newaxis]
+
     return entry._replace(
-        query=entry.query[head, rows][np.newaxis],
-        mask=None if entry.mask is None else entry.mask[head, rows][np.newaxis],
+        query=of_rows(entry.query),
+        mask=of_rows(entry.mask),
+        bias=of_rows(entry.bias),
         slopes=of_head(entry.slopes),
+        key_begins=of_rows(entry.key_begins),
+        key_ends=of_rows(entry.key_ends),
         positions=entry.positions[rows],
     )
 
@@ -54,7 +60,7 @@ def _write_block(p: Problem, entry: Entry, head: int, lse: Array | None, out: Ar
     """Write the rows of an entry that has only these, of a query head; out is (rows, Lk)."""
     kv_head = head // (p.query.shape[-3] // p.key.shape[-3])
     all_rows, only = slice(0, len(out)), slice(0, 1)
-    keys = visible_keys(p, entry, all_rows)
+    keys = visible_keys(p, entry, only, all_rows)
     scores = products(p, entry, slice(kv_head, kv_head + 1), only, all_rows, keys)
     scores, allowed = modified(p, entry, scores, only, all_rows, keys)
     scores, allowed = scores[0, 0], allowed[0, 0]

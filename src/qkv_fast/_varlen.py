@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, VarlenOptions, Window
+from ._options import Ints, KeyRanges, VarlenOptions, Window
 from ._problem.output import output
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, scoring
@@ -77,6 +77,8 @@ def varlen_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     out: Any = None,
     return_lse: bool = False,
@@ -154,7 +156,8 @@ def varlen_attention(
     notify_call_start()
     p = Problem()
     packed(p, query, key, value, cu_seqlens_q, cu_seqlens_k, enable_gqa, dtype)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+            key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads)

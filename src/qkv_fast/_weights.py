@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, Window
+from ._options import Ints, KeyRanges, Window
 from ._problem.output import output_of_weights
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, mask, scoring
@@ -31,6 +31,8 @@ def attention_weights(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: KeyRanges | None = None,
     key_lengths: Ints | None = None,
     lse: Any = None,
     out: Any = None,
@@ -127,7 +129,8 @@ def attention_weights(
     without_values(p, query, key, enable_gqa, dtype)
     if attn_mask is not None:
         mask(p, attn_mask)
-    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks)
+    scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+            key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
     selection(p, stage, rows, heads, lse)

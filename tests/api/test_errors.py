@@ -100,6 +100,21 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "softcap", {"softcap": np.nan}),
     (ValueError, r"alibi_slopes has shape \(3,\)", {"alibi_slopes": [1.0, 2.0, 3.0]}),
     (TypeError, "alibi_slopes has dtype complex", {"alibi_slopes": [1j] * 4}),
+    (
+        TypeError,
+        "attn_bias has dtype bool: .*; a boolean mask is an attn_mask$",
+        {"attn_bias": np.ones((5, 7), bool)},
+    ),
+    (TypeError, "attn_bias has dtype int64: it must be float32", {"attn_bias": np.ones(7, int)}),
+    (TypeError, "attn_bias has dtype uint16.* says", {"attn_bias": np.ones(7, "u2")}),
+    (TypeError, "attn_bias is a list: pass a NumPy array", {"attn_bias": [0.0] * 7}),
+    (TypeError, "attn_bias is a MaskedArray", {"attn_bias": np.ma.zeros(7)}),
+    (
+        ValueError,
+        r"attn_bias has shape \(6, 7\).* = \(2, 4, 5, 7\)$",
+        {"attn_bias": np.ones((6, 7))},
+    ),
+    (ValueError, "attn_bias has shape", {"attn_bias": np.ones((1, 2, 4, 5, 7))}),
     (ValueError, r"sinks has shape \(2,\)", {"sinks": [1.0, 2.0]}),
     (TypeError, "sinks has dtype", {"sinks": ["a"] * 4}),
     (
@@ -146,7 +161,7 @@ class Broken:
 
 @pytest.mark.parametrize("error", [AttributeError("no"), OSError("no"), KeyError("no")])
 def test_a_failing_export_is_reported_with_the_argument(error):
-    for name in ("query", "key", "value", "attn_mask"):
+    for name in ("query", "key", "value", "attn_mask", "attn_bias"):
         with pytest.raises(TypeError, match=f"{name} is a Broken that NumPy can't view") as caught:
             sdpa(**({"query": Q, "key": KV, "value": KV} | {name: Broken(error)}))
         assert caught.value.__cause__ is error

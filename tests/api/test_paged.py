@@ -75,6 +75,18 @@ def test_masks(engine, rng, kind):
     )
 
 
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_a_bias_beside_a_mask(engine, rng, q_len):
+    q, k, v = tensors(rng, q_len)
+    pages = scattered(rng, k, v, 16)
+    bias = normal(rng, (5, 4, q_len, 300))
+    here = {"key_lengths": LENGTHS, "query_offset": np.array(LENGTHS) - q_len, "attn_bias": bias}
+    oracle.assert_close(paged_attention(q, *pages, LENGTHS, attn_bias=bias), q, k, v, **here)
+    allowed = rng.random((5, 1, q_len, 300)) > 0.3
+    out = paged_attention(q, *pages, LENGTHS, allowed, attn_bias=bias)
+    oracle.assert_close(out, q, k, v, attn_mask=allowed, **here)
+
+
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_unseen_pages_and_rows_may_hold_anything(engine, rng, q_len):
     """Entries of the table for unseen pages are not read; NaN in unseen rows has no influence."""

@@ -65,6 +65,24 @@ def test_agrees_with_the_oracle_and_with_each_sequence_alone(engine, rng, dtype,
             np.testing.assert_array_equal(lse[own].T, alone_lse)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_bias_for_each_sequence(engine, rng, heads):
+    """Its rows and columns count from each sequence's own first query and key."""
+    q, k, v = packed(rng)
+    bias = normal(rng, (len(LENGTHS_Q), heads, max(LENGTHS_Q), max(LENGTHS_K)))
+    bias[bias > 2] = -np.inf
+    args = (starts(LENGTHS_Q), starts(LENGTHS_K))
+    out = varlen_attention(q, k, v, *args, attn_bias=bias)
+    shared = varlen_attention(q, k, v, *args, attn_bias=bias[3])
+    for i, (own, a, b, c) in enumerate(each(q, k, v)):
+        for result, whole in ((out, bias[i]), (shared, bias[3])):
+            here = whole[:, : a.shape[1], : b.shape[1]]
+            result = np.ascontiguousarray(result[own].swapaxes(0, 1))
+            oracle.assert_close(result, a, b, c, attn_bias=here)
+    with pytest.raises(ValueError, match="attn_bias has shape"):
+        varlen_attention(q, k, v, *args, attn_bias=bias[..., 1:])
+
+
 def test_cu_seqlens_q_are_the_default_of_cu_seqlens_k(engine, rng):
     q, k, v = (normal(rng, (30, 2, 8)) for _ in range(3))
     cu = [0, 7, 30]

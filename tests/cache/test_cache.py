@@ -212,6 +212,22 @@ def test_attend_equals_the_function_with_lengths_and_offsets(engine, rng):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("page_size", [None, 8])
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_bias_beside_a_mask(engine, rng, page_size, new):
+    cache = KVCache(3, HKV, 30, D, page_size=page_size)
+    k, v = (normal(rng, (3, HKV, 20, D)) for _ in range(2))
+    cache.append(k, v, counts=[20, 4, 11])
+    q, bias = normal(rng, (3, HKV * GROUP, new, D)), normal(rng, (3, HKV * GROUP, new, 20))
+    mask = rng.random((3, 1, new, 20)) > 0.3
+    for given in (None, mask):
+        exact, _ = oracle.attention(
+            q, k, v, attn_mask=given, attn_bias=bias, key_lengths=[20, 4, 11]
+        )
+        out = cache.attend(q, given, attn_bias=bias)
+        np.testing.assert_allclose(out, exact, rtol=1e-5, atol=2e-6)
+
+
 def test_the_error_of_int8_is_bounded(engine, rng):
     """The error of an element is at most 1/254 of the largest magnitude in its row."""
     k, v = normal(rng, (1, HKV, 200, 64)), normal(rng, (1, HKV, 200, 64))

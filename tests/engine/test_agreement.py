@@ -118,6 +118,44 @@ def test_masks(engine, rng, shape, kind, causal):
     check(*make(rng, (2, 4, 2, 70, 150, 16, 16)), attn_mask=mask, is_causal=causal)
 
 
+@pytest.mark.parametrize("shape", MASK_SHAPES)
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16", ">f4", "bfloat16"])
+def test_a_bias_beside_a_mask(engine, rng, shape, kind):
+    q, k, v = make(rng, (2, 4, 2, 70, 150, 16, 16))
+    bias = np.where(rng.random(shape) > 0.2, rng.standard_normal(shape), -np.inf)
+    bias = bias.astype(ml_dtypes.bfloat16 if kind == "bfloat16" else np.dtype(kind))
+    padding = np.arange(150) < np.reshape([150, 90], (2, 1, 1, 1))
+    check(q, k, v, attn_bias=bias)
+    check(q, k, v, attn_mask=padding, attn_bias=bias, is_causal=True, query_offset=30)
+    check(q, k, v, attn_mask=rng.random((4, 70, 150)) > 0.4, attn_bias=bias)
+    floating = normal(rng, (2, 1, 70, 150), np.float64)
+    check(q, k, v, attn_mask=floating, attn_bias=bias, softcap=2.0)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_alone_is_a_floating_mask(engine, rng, q_len, dtype):
+    q, k, v = make(rng, (2, 4, 2, q_len, 300, 16, 16), dtype)
+    bias = normal(rng, (4, q_len, 300))
+    bias[:, :, ::7] = -np.inf
+    expected = sdpa(q, k, v, bias, enable_gqa=True)
+    np.testing.assert_array_equal(sdpa(q, k, v, attn_bias=bias, enable_gqa=True), expected)
+    hidden = np.isfinite(bias[0, 0])
+    check(q, k, v, attn_mask=hidden, attn_bias=bias[:, :, ::-1])
+    k[:, :, ::7] = v[:, :, ::7] = np.nan
+    np.testing.assert_array_equal(
+        sdpa(q, k, v, hidden, attn_bias=np.zeros((4, 1, 1), np.float32), enable_gqa=True),
+        sdpa(q, k, v, np.where(hidden, 0, bias), enable_gqa=True),
+    )
+
+
+def test_a_bias_that_out_overlaps(engine, rng):
+    q, k, v = make(rng, (1, 2, 2, 4, 8, 8, 8))
+    memory = normal(rng, q.shape)
+    expected = sdpa(q, k, v, attn_bias=memory.copy())
+    np.testing.assert_array_equal(sdpa(q, k, v, attn_bias=memory, out=memory), expected)
+
+
 def test_a_mask_with_any_strides(engine, rng):
     q, k, v = make(rng, (1, 1, 1, 70, 100, 8, 8))
     big = rng.random((200, 140)) > 0.3
@@ -126,6 +164,7 @@ def test_a_mask_with_any_strides(engine, rng):
     bias = rng.standard_normal((100, 70)).astype(np.float32).T
     check(q, k, v, attn_mask=bias)
     check(q, k, v, attn_mask=bias[::-1, ::-1])
+    check(q, k, v, attn_mask=big[::2, ::2].T, attn_bias=bias[::-1, ::-1])
     odd_truth = (rng.random((70, 100)) > 0.5).astype(np.uint8) * 6  # bytes other than 0 and 1
     check(q, k, v, attn_mask=odd_truth.view(bool))
 
@@ -268,6 +307,11 @@ def test_anything_drawn_at_random(data: st.DataObject):
     allowed = rng.random(mask_shape) > 0.3
     additive = np.where(allowed, rng.standard_normal(mask_shape), -np.inf).astype(np.float32)
     options["attn_mask"] = draw(st.sampled_from([None, allowed, additive]))
+    options["attn_bias"] = draw(st.sampled_from([None, additive[..., ::-1], additive[:, :1]]))
+    begin = rng.integers(-5, lk + 5, (hkv * group, lq))
+    end = begin + rng.integers(-9, lk + 1, (lq,))
+    ranges = [None, (begin, end), (begin // 4, None), (None, end)]
+    options["key_ranges"] = draw(st.sampled_from(ranges))
     for choice in qkv_fast._select.available("bfloat16"):
         with qkv_fast.backend(
             choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"

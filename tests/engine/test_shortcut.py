@@ -117,6 +117,9 @@ def test_calls_that_are_left_to_the_stages(engine, rng):
         ((q, k, v), {"softcap": 2.0}),
         ((q, k, v), {"sinks": [0.0, 1.0]}),
         ((q, k, v), {"alibi_slopes": 0.5}),
+        ((q, k, v), {"attn_bias": np.ones((5, 9), np.float32)}),
+        ((q, k, v), {"key_ranges": (1, 6)}),
+        ((q, k, v), {"key_ranges": (None, None)}),
         ((q, k, v), {"key_lengths": 4}),
         ((q, k, v, m.view(np.memmap)), {}),
     ):

@@ -101,6 +101,15 @@ def test_masks(engine, rng, shape, kind, stage):
     check(q, k, attn_mask=mask, stage=stage, is_causal=True, key_lengths=[150, 70])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bias_beside_a_mask(engine, rng, stage):
+    q, k, _ = make(rng, (2, 4, 2, 70, 150, 16, 16))
+    bias = np.where(rng.random((4, 70, 150)) > 0.2, normal(rng, (4, 70, 150)), -np.inf)
+    check(q, k, attn_bias=bias, stage=stage)
+    check(q, k, attn_mask=rng.random((2, 1, 1, 150)) > 0.4, attn_bias=bias, stage=stage)
+    check(q, k, attn_mask=normal(rng, (70, 150)), attn_bias=bias, stage=stage, is_causal=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_modifiers_together(engine, rng, dtype, stage):
@@ -211,6 +220,11 @@ def test_anything_drawn_at_random(data: st.DataObject):
     allowed = rng.random((hkv * group, lq, lk)) > 0.3
     additive = np.where(allowed, rng.standard_normal(allowed.shape), -np.inf).astype(np.float32)
     options["attn_mask"] = draw(st.sampled_from([None, allowed, additive]))
+    options["attn_bias"] = draw(st.sampled_from([None, additive[..., ::-1], additive[:, :1]]))
+    begin = rng.integers(-5, lk + 5, (hkv * group, lq))
+    end = begin + rng.integers(-9, lk + 1, (lq,))
+    ranges = [None, (begin, end), (begin // 4, None), (None, end)]
+    options["key_ranges"] = draw(st.sampled_from(ranges))
     for choice in qkv_fast._select.available("bfloat16"):
         with qkv_fast.backend(
             choice.engine, tiles=choice.tiles or "auto", isa=choice.isa or "auto"

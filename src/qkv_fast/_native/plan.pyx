@@ -14,7 +14,7 @@ from .tuning cimport (
     WIDE, fitting_keys, shared_keys,
 )
 from .types cimport (
-    Interrupt, Plan, QueryTile, ScratchLayout, TensorView, is_additive, lanes_per_step,
+    Interrupt, Plan, QueryTile, ScratchLayout, TensorView, adds_to_scores, lanes_per_step,
     round_up, size_of,
 )
 
@@ -115,7 +115,8 @@ cdef int view_tensors(Plan *plan, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
 
 cdef int view_problem(Plan *plan, problem) except -1:
     """View all of a Problem in an empty plan."""
-    cdef cnp.ndarray key = problem.key, mask = problem.attn_mask, sinks = problem.sinks
+    cdef cnp.ndarray key = problem.key, mask = problem.attn_mask, bias = problem.attn_bias
+    cdef cnp.ndarray sinks = problem.sinks
     cdef Py_ssize_t ndim
     view_tensors(plan, problem.query, key, problem.value, problem.out, problem.query_code,
                  problem.key_code, problem.value_code, problem.out_code)
@@ -124,11 +125,16 @@ cdef int view_problem(Plan *plan, problem) except -1:
     if mask is not None:
         view_tensor(&plan.mask, mask, problem.mask_code, ndim)
         plan.mask_len = cnp.PyArray_DIMS(mask)[ndim + 2]
+    if bias is not None:
+        view_tensor(&plan.bias, bias, problem.bias_code, ndim)
+        plan.mask_len = cnp.PyArray_DIMS(bias)[ndim + 2]
     view_numbers(&plan.lse, problem.lse, ndim)
     view_numbers(&plan.key_scales, problem.key_scales, ndim)
     view_numbers(&plan.value_scales, problem.value_scales, ndim)
     view_numbers(&plan.query_offset, problem.query_offset, ndim)
     view_numbers(&plan.key_lengths, problem.key_lengths, ndim)
+    view_numbers(&plan.key_begins, problem.key_begins, ndim)
+    view_numbers(&plan.key_ends, problem.key_ends, ndim)
     view_numbers(&plan.slopes, problem.alibi_slopes, ndim)
     if problem.query_starts is not None:
         view_numbers(&plan.query_starts, problem.query_starts, ndim)
@@ -150,7 +156,7 @@ cdef void set_scoring(Plan *plan, double scale, int64_t left, int64_t right, dou
     plan.right = right
     plan.softcap = softcap
     plan.sinks = sinks
-    plan.has_modifiers = plan.softcap != 0 or plan.slopes.data != NULL or is_additive(plan)
+    plan.has_modifiers = plan.softcap != 0 or plan.slopes.data != NULL or adds_to_scores(plan)
 
 
 cdef void set_kernels(Plan *plan, const qkv_tile_kernels *kernels) noexcept:
@@ -165,6 +171,7 @@ cdef void set_kernels(Plan *plan, const qkv_tile_kernels *kernels) noexcept:
     set_contiguous(&plan.value, input_type, plan.v_dim)
     set_contiguous(&plan.out, real_type, plan.v_dim)
     set_contiguous(&plan.mask, real_type, plan.mask_len)
+    set_contiguous(&plan.bias, real_type, plan.mask_len)
     plan.query_scale = plan.scale * M_LOG2E
     plan.score_scale = 1
     if input_type == QKV_BFLOAT16:      # a scaled query would be rounded once more
@@ -209,7 +216,7 @@ cdef void choose_prefill_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads)
                            > shared_keys())
     cdef Py_ssize_t least = threads * (TASKS_PER_THREAD_PACKED if packs else TASKS_PER_THREAD)
     if (packs or beyond_l2 or not is_in_place(plan) or plan.mask.data != NULL
-            or plan.page_size != 0):
+            or plan.bias.data != NULL or plan.page_size != 0):
         while (plan.tiles_per_task * tile_q < MAX_ROWS_PER_TASK
                and tasks >= 2 * plan.tiles_per_task * least):
             plan.tiles_per_task *= 2
@@ -280,6 +287,7 @@ cdef void plan_interleaving(Plan *plan) noexcept:
         adjacent = plan.page_size
     if (adjacent == 0 or adjacent % QKV_KEY_RUN or plan.page_size % adjacent
             or not is_in_place(plan) or plan.has_modifiers or plan.mask.data != NULL
+            or plan.key_begins.head != 0 or plan.key_ends.head != 0
             or max(plan.head_dim, plan.v_dim) > WIDE):
         return
     plan.interleave_span = max(adjacent, plan.block_k)

@@ -3,20 +3,31 @@
 from libc.stdint cimport int64_t
 
 from .softmax_state cimport reset_state
-from .types cimport UNBOUNDED, HeadView, Plan, QueryTile, set_real, tile_of
+from .types cimport UNBOUNDED, HeadView, Plan, QueryTile, TensorView, set_real, tile_of
+
+
+cdef inline int64_t number_of(const char *numbers, const TensorView *view, Py_ssize_t query_head,
+                              Py_ssize_t query) noexcept nogil:
+    return (<const int64_t *>(numbers + query_head * view.head + query * view.row))[0]
 
 
 cdef void bound_row(const Plan *plan, const HeadView *head, QueryTile *tile, int i,
-                    int64_t position) noexcept nogil:
-    """Note which keys row i sees by its position, and widen the tile's bounds to them."""
-    cdef int64_t begin = 0, end = head.kv_len
+                    Py_ssize_t query_head, Py_ssize_t query) noexcept nogil:
+    """Note which keys row i sees by position and range, and widen the tile's bounds to them."""
+    cdef int64_t position = head.offset + query, begin = 0, end = head.kv_len
     if plan.left < UNBOUNDED and position - plan.left > 0:
         begin = position - plan.left
     if plan.right < UNBOUNDED and position + plan.right + 1 < end:
         end = position + plan.right + 1
+    if head.key_begins != NULL:
+        begin = max(begin, number_of(head.key_begins, &plan.key_begins, query_head, query))
+        end = min(end, number_of(head.key_ends, &plan.key_ends, query_head, query))
     tile.position[i] = position
     tile.key_begin[i] = begin
     tile.key_end[i] = end
+    if head.key_begins != NULL and begin >= end:
+        tile.begin_max = UNBOUNDED      # hides something of each block, and needs none
+        return
     tile.begin_min = min(tile.begin_min, begin)
     tile.begin_max = max(tile.begin_max, begin)
     tile.end_min = min(tile.end_min, end)
@@ -33,10 +44,12 @@ cdef void place_row(const Plan *plan, const HeadView *head, QueryTile *tile, int
         tile.lse_rows[i] = head.lse + query_head * plan.lse.head + index * plan.lse.row
     if head.mask != NULL:
         tile.mask_rows[i] = head.mask + query_head * plan.mask.head + query * plan.mask.row
+    if head.bias != NULL:
+        tile.bias_rows[i] = head.bias + query_head * plan.bias.head + query * plan.bias.row
     if head.slopes != NULL:
         set_real(tile.slope, i, plan.kernels.real_bytes,
                  (<double *>(head.slopes + query_head * plan.slopes.head))[0])
-    bound_row(plan, head, tile, i, head.offset + query)
+    bound_row(plan, head, tile, i, query_head, query)
 
 
 cdef QueryTile *place_tile(const Plan *plan, const HeadView *head, int number,

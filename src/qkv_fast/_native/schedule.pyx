@@ -177,6 +177,12 @@ cdef void open_head(const Plan *plan, const SequencePlan *sequence, Py_ssize_t k
     if head.lse != NULL:
         head.lse += sequence.q_start * plan.lse.row
     head.mask = batch_entry(plan, &plan.mask, batch)
+    head.bias = batch_entry(plan, &plan.bias, batch)
+    head.key_begins = batch_entry(plan, &plan.key_begins, batch)
+    head.key_ends = batch_entry(plan, &plan.key_ends, batch)
+    if head.key_begins != NULL:
+        head.key_begins += sequence.q_start * plan.key_begins.row
+        head.key_ends += sequence.q_start * plan.key_ends.row
     head.slopes = batch_entry(plan, &plan.slopes, batch)
     open_rows(plan, sequence, &plan.key, plan.head_dim, kv_head,
               head.scratch + plan.layout.keys, &head.key)

@@ -1,7 +1,8 @@
 """Which scores of a block count, and what is done to them before the softmax.
 
-A key can be hidden from a row by the row's window, by a boolean mask, or by -inf in an additive
-mask. tile.allow has a bit for each pair; where each row sees each key, it is not filled.
+A key can be hidden from a row by the row's window or range, by a boolean mask, or by -inf in an
+additive mask or a bias. tile.allow has a bit for each pair; where each row sees each key, it is not
+filled.
 """
 
 from libc.stdint cimport int64_t, uint64_t
@@ -10,8 +11,8 @@ from libc.string cimport memchr, memset
 from .kernels cimport QKV_BOOL, qkv_tile_kernels
 from .rows cimport load_scales, read_reals
 from .types cimport (
-    UNBOUNDED, HeadView, KVBlock, Plan, QueryTile, Visibility, is_additive, is_shared, lane_bits,
-    real,
+    UNBOUNDED, HeadView, KVBlock, Plan, QueryTile, TensorView, Visibility, adds_to_scores,
+    is_additive, is_shared, lane_bits, real,
 )
 
 
@@ -34,7 +35,7 @@ cdef void set_relative(const Plan *plan, void *reals, const int64_t *values, int
 # --- Visibility ---------------------------------------------------------------------------------
 
 cdef inline bint window_hides(const QueryTile *tile, int64_t begin, Py_ssize_t nk) noexcept nogil:
-    """Return whether some row's window leaves out one of nk keys from `begin` on."""
+    """Return whether some row's window or range leaves out one of nk keys from `begin` on."""
     return tile.begin_max > begin or tile.end_min < begin + nk
 
 
@@ -109,7 +110,7 @@ cdef bint find_visibility(const Plan *plan, const HeadView *head, QueryTile *til
     if begin >= tile.end_max or begin + block.nk <= tile.begin_min:
         return False
     cdef Py_ssize_t nk = min(block.nk, tile.end_max - begin)
-    cdef bint masked = mask_may_hide(plan, head, begin, nk), additive = is_additive(plan)
+    cdef bint masked = mask_may_hide(plan, head, begin, nk), additive = adds_to_scores(plan)
     visible.has_keys = ~<uint64_t>0
     visible.partial = additive or masked or window_hides(tile, begin, nk)
     if visible.partial:
@@ -127,17 +128,17 @@ cdef bint find_visibility(const Plan *plan, const HeadView *head, QueryTile *til
 
 # --- Modifiers ----------------------------------------------------------------------------------
 
-cdef void add_bias(const Plan *plan, const HeadView *head, QueryTile *tile, int64_t begin,
-                   Visibility *visible) noexcept nogil:
-    """Add the mask to the scores, and hide the keys where it is -inf."""
-    cdef bint shared = is_shared(&plan.mask)
+cdef void add_bias(const Plan *plan, const HeadView *head, QueryTile *tile, const TensorView *bias,
+                   const char **rows, int64_t begin, Visibility *visible) noexcept nogil:
+    """Add the rows of a mask or a bias to the scores, and hide the keys where these are -inf."""
+    cdef bint shared = is_shared(bias)
     cdef Py_ssize_t k, nk = visible.nk
     cdef char *row = head.gathered
     cdef int i
     for i in range(1 if shared else tile.lanes):
-        tile.rows[i] = tile.mask_rows[i] + begin * plan.mask.col
-        if not plan.mask.contiguous:
-            read_reals(plan, row, &plan.mask, tile.rows[i], nk)
+        tile.rows[i] = rows[i] + begin * bias.col
+        if not bias.contiguous:
+            read_reals(plan, row, bias, tile.rows[i], nk)
             tile.rows[i] = row
             row += nk * plan.kernels.real_bytes
     plan.kernels.bias(tile.scores, nk, tile.nvec, tile.rows, shared, tile.allow)
@@ -149,7 +150,7 @@ cdef void add_bias(const Plan *plan, const HeadView *head, QueryTile *tile, int6
 
 cdef void modify_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
                         const KVBlock *block, Visibility *visible) noexcept nogil:
-    """Turn the products of a block into scores: int8 scales, softcap, ALiBi, additive mask.
+    """Turn the products of a block into scores: int8 scales, softcap, ALiBi, additive mask, bias.
 
     A new score modifier goes here, at its place in the order; plan.has_modifiers must cover it.
     """
@@ -167,5 +168,7 @@ cdef void modify_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
         set_relative(plan, tile.relative_position, tile.position, block.begin, -UNBOUNDED,
                      UNBOUNDED, tile.lanes)
         kernels.alibi(tile.scores, nk, tile.nvec, tile.slope, tile.relative_position)
-    if is_additive(plan):
-        add_bias(plan, head, tile, block.begin, visible)
+    if is_additive(&plan.mask):
+        add_bias(plan, head, tile, &plan.mask, tile.mask_rows, block.begin, visible)
+    if is_additive(&plan.bias):
+        add_bias(plan, head, tile, &plan.bias, tile.bias_rows, block.begin, visible)

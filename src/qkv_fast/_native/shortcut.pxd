@@ -4,7 +4,8 @@ from .engine cimport Runner
 from .types cimport Plan
 
 cdef bint is_bool(x) noexcept
-cdef bint are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks) noexcept
+cdef bint are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
+                    key_ranges) noexcept
 cdef bint fit(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint enable_gqa,
               bint same_batch) noexcept
 cdef cnp.ndarray view(given, bint uint16_is_bf16, int *code)

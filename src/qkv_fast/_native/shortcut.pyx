@@ -54,10 +54,12 @@ cdef bint is_bool(x) noexcept:
     return x is False or x is True
 
 
-cdef bint are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks) noexcept:
+cdef bint are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
+                    key_ranges) noexcept:
     """Return whether these options ask for no modifier of the scores and need no check."""
     return (is_bool(is_causal) and (scale is None or type(scale) is float) and is_bool(return_lse)
-            and window is None and softcap is None and alibi_slopes is None and sinks is None)
+            and window is None and softcap is None and alibi_slopes is None and sinks is None
+            and attn_bias is None and key_ranges is None)
 
 
 cdef inline int code_of(cnp.ndarray array, bint uint16_is_bf16) noexcept:
@@ -266,12 +268,14 @@ cdef bint compute(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, cnp.nda
 
 
 def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset,
-           window, softcap, alibi_slopes, sinks, key_lengths, out, return_lse, num_threads, dtype):
+           window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths, out,
+           return_lse, num_threads, dtype):
     """Return the answer of scaled_dot_product_attention; None if its stages have to look."""
     cdef bint uint16_is_bf16 = dtype is not None
     cdef cnp.ndarray q, k, v, mask, rows, lse = None
     cdef int code, key_code, value_code, mask_code, out_code
-    if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks)
+    if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
+                      key_ranges)
             and key_lengths is None and is_bool(enable_gqa)
             and type(dropout_p) is float and dropout_p == 0.0
             and type(query_offset) is int and -MAX_OFFSET <= query_offset <= MAX_OFFSET

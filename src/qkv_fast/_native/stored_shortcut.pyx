@@ -175,11 +175,12 @@ cdef object attend(query, key, value, key_scales, value_scales, cnp.ndarray tabl
 
 
 def attend_pages(query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal,
-                 scale, enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, key_scales,
-                 value_scales, out, return_lse, num_threads, dtype):
+                 scale, enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
+                 key_ranges, key_scales, value_scales, out, return_lse, num_threads, dtype):
     """Return the answer of paged_attention; None if its stages have to look."""
     cdef cnp.ndarray table, lengths
-    if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks)
+    if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
+                      key_ranges)
             and is_bool(enable_gqa) and query_offset is None
             and (dtype is None or type(dtype) is str and dtype == "bfloat16")):
         return None
@@ -196,10 +197,11 @@ def attend_pages(query, key_pages, value_pages, block_table, key_lengths, attn_m
 
 def attend_cache(query, cnp.ndarray key, cnp.ndarray value, cnp.ndarray key_scales,
                  cnp.ndarray value_scales, cnp.ndarray table, cnp.ndarray lengths, attn_mask,
-                 is_causal, scale, window, softcap, alibi_slopes, sinks, out, return_lse,
-                 num_threads):
+                 is_causal, scale, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, out,
+                 return_lse, num_threads):
     """Return the answer of KVCache.attend, whose storage is given; None if stages have to look."""
-    if not are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks):
+    if not are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
+                     key_ranges):
         return None
     return attend(query, key, value, key_scales, value_scales, table, lengths, True, attn_mask,
                   is_causal, scale, True, out, return_lse, num_threads, True)

@@ -69,18 +69,19 @@ cdef struct Plan:
     Py_ssize_t batch_ndim
     const Py_ssize_t *batch_shape
     Py_ssize_t num_kv_heads, group, q_len, kv_len, head_dim, v_dim
-    TensorView query, key, value, mask, out, lse
+    TensorView query, key, value, mask, bias, out, lse
     TensorView key_scales, value_scales
     TensorView query_offset, query_starts, query_lengths, key_starts, key_lengths
+    TensorView key_begins, key_ends     # of each row; both absent, or none
     TensorView slopes, block_table
     const int64_t *rows                 # queries that are computed, in this order; NULL: all
-    Py_ssize_t mask_len                 # of a mask's rows
+    Py_ssize_t mask_len                 # of a mask's rows, and of a bias's
     Py_ssize_t page_size                # 0: keys are not in pages
     const double *sinks                 # (Hq,) or NULL
     double scale
     double query_scale, score_scale     # their product is scale * log2(e)
     double softcap                      # 0: none
-    bint has_modifiers                  # softcap, ALiBi or an additive mask
+    bint has_modifiers                  # softcap, ALiBi, an additive mask or a bias
     int64_t left, right                 # the window
     int input_bytes
     Py_ssize_t block_k, fold_keys
@@ -142,7 +143,10 @@ cdef struct HeadView:
     char *out
     char *lse
     char *mask
+    char *bias
     char *slopes
+    char *key_begins                    # int64
+    char *key_ends
     HeadRows key, value, key_scales, value_scales
     int64_t offset, kv_len
     char *scratch                       # of the thread
@@ -187,10 +191,11 @@ cdef struct QueryTile:
     uint64_t has_keys                   # bit i: row i has seen a key
     const char *query_rows[MAX_LANES]
     const char *mask_rows[MAX_LANES]
+    const char *bias_rows[MAX_LANES]
     const char *rows[MAX_LANES]         # for a kernel's use
     char *out_rows[MAX_LANES]
     char *lse_rows[MAX_LANES]
-    int64_t key_begin[MAX_LANES]        # by position a row sees the keys [key_begin, key_end)
+    int64_t key_begin[MAX_LANES]        # by position and range a row sees [key_begin, key_end)
     int64_t key_end[MAX_LANES]
     int64_t position[MAX_LANES]
     double row_max[MAX_LANES]           # from here on arrays of reals, large enough for doubles
@@ -243,9 +248,14 @@ cdef inline bint is_shared(const TensorView *mask) noexcept nogil:
     return mask.head == 0 and mask.row == 0
 
 
-cdef inline bint is_additive(const Plan *plan) noexcept nogil:
-    """Return whether the mask is added to the scores."""
-    return plan.mask.data != NULL and plan.mask.type != QKV_BOOL
+cdef inline bint is_additive(const TensorView *mask) noexcept nogil:
+    """Return whether there is a mask or a bias that is added to the scores."""
+    return mask.data != NULL and mask.type != QKV_BOOL
+
+
+cdef inline bint adds_to_scores(const Plan *plan) noexcept nogil:
+    """Return whether something is added to the scores that may hide keys by -inf."""
+    return is_additive(&plan.mask) or is_additive(&plan.bias)
 
 
 cdef inline Py_ssize_t lanes_per_step(const Plan *plan) noexcept nogil:

@@ -130,7 +130,7 @@ def _can_be_written_to(p: Problem, out: Array) -> bool:
     in_place = not p.stage and same_memory(out, query)
     if not in_place and may_change(out, query):
         return False
-    inputs = (p.key, p.value, p.attn_mask, p.alibi_slopes, p.sinks, p.query_offset,
+    inputs = (p.key, p.value, p.attn_mask, p.attn_bias, p.alibi_slopes, p.sinks, p.query_offset,
               p.key_lengths, p.key_scales, p.value_scales, p.block_table, p.query_starts,
               p.query_lengths, p.key_starts)  # fmt: skip
     return not any([array is not None and may_change(out, array) for array in inputs])

@@ -22,11 +22,12 @@ class Problem:
     key: Array
     value: Array
 
-    # Element types as `_dtypes` numbers them; mask_code is -1 without a mask.
+    # Element types as `_dtypes` numbers them; mask_code is -1 without a mask, and so is bias_code.
     query_code: int
     key_code: int
     value_code: int
     mask_code: int = -1
+    bias_code: int = -1
     out_code: int
     # The type of the arithmetic: that of all tensors, else float64 if one has it, else float32.
     code: int
@@ -50,12 +51,14 @@ class Problem:
     key_scales: Array | None = None
     value_scales: Array | None = None
 
-    # score = q·k * scale; then softcap (0.0: none), alibi_slopes (float64, (*batch, Hq)) and
-    # attn_mask (boolean or floating, (*batch, Hq, Lq, Lk)).
+    # score = q·k * scale; then softcap (0.0: none), alibi_slopes (float64, (*batch, Hq)), attn_mask
+    # (boolean or floating, (*batch, Hq, Lq, Lk)) and attn_bias (floating, of that shape). With
+    # packed sequences, Lq and Lk are those of the longest ones.
     scale: float
     softcap: float = 0.0
     alibi_slopes: Array | None = None
     attn_mask: Array | None = None
+    attn_bias: Array | None = None
     # Logits that join the denominator: float64, (Hq,).
     sinks: Array | None = None
 
@@ -64,6 +67,10 @@ class Problem:
     left: int = UNBOUNDED
     right: int = UNBOUNDED
     query_offset: Array | None = None
+    # Row i sees the keys key_begins[i] <= j < key_ends[i] at most: int64 from 0 to kv_len,
+    # (*batch, Hq, Lq), with packed sequences (batch, Hq, total). Both are given, or none is.
+    key_begins: Array | None = None
+    key_ends: Array | None = None
 
     num_threads: int
 

@@ -7,11 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from .._dtypes import ACCEPTED, BOOL, code_of, uint16_hint
-from .arguments import as_array, broadcast_to, flag, integer, per_batch, real, real_array, shown
+from .._dtypes import ACCEPTED, BOOL, Array, code_of, uint16_hint
+from .arguments import (
+    as_array,
+    broadcast_to,
+    flag,
+    integer,
+    integers,
+    per_batch,
+    real,
+    real_array,
+    shown,
+)
 from .problem import UNBOUNDED, Problem
 
 _MAX_OFFSET = 1 << 61
+_INT64 = np.iinfo(np.int64)
 
 
 def mask(p: Problem, attn_mask: Any) -> None:
@@ -28,6 +39,24 @@ def mask(p: Problem, attn_mask: Any) -> None:
     if len(shape) == 4 and array.shape == (shape[0], shape[-1]):
         cure = "; pass a padding mask of shape (batch, Lk) as mask[:, None, None]"
     p.attn_mask = broadcast_to("attn_mask", array, shape, "(*batch, Hq, Lq, Lk)", cure)
+
+
+def _bias(p: Problem, attn_bias: Any) -> None:
+    array = as_array("attn_bias", attn_bias)
+    p.bias_code = code_of(array.dtype, p.uint16_is_bf16)
+    if p.bias_code < 0:
+        cure = ""
+        if array.dtype == np.bool_:
+            cure = "; a boolean mask is an attn_mask"
+        raise TypeError(
+            f"attn_bias has dtype {array.dtype}: it must be {ACCEPTED}{uint16_hint(array.dtype)}"
+            f"{cure}"
+        )
+    *batch, num_heads, q_len, _ = p.query.shape
+    if p.query_lengths is not None:
+        q_len = int(p.query_lengths.max(initial=0))
+    shape = (*batch, num_heads, q_len, p.kv_len)
+    p.attn_bias = broadcast_to("attn_bias", array, shape, "(*batch, Hq, Lq, Lk)")
 
 
 def no_dropout(dropout_p: Any) -> None:
@@ -47,8 +76,10 @@ def scoring(
     softcap: Any = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    attn_bias: Any = None,
+    key_ranges: Any = None,
 ) -> None:
-    """Set the modifiers of the scores and what a query can see by its position.
+    """Set the modifiers of the scores and what a query can see by its position or its range.
 
     Without a query_offset the last query stands where the last key does, if `p` has key_lengths;
     else the first query stands at 0.
@@ -81,6 +112,10 @@ def scoring(
                 f"sinks has shape {p.sinks.shape}: one logit for each of {num_heads} query heads "
                 f"is needed, ({num_heads},)"
             )
+    if attn_bias is not None:
+        _bias(p, attn_bias)
+    if key_ranges is not None:
+        _ranges(p, key_ranges)
     if (
         query_offset is None
         and p.key_lengths is not None
@@ -89,6 +124,35 @@ def scoring(
         p.query_offset = p.key_lengths - (
             p.query.shape[-2] if p.query_lengths is None else p.query_lengths
         )
+
+
+def _ranges(p: Problem, key_ranges: Any) -> None:
+    """Set which keys each row sees at most; a pair of None sets no bound."""
+    try:
+        begin, end = key_ranges
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"key_ranges is {shown(key_ranges)}: it must be a pair (begin, end) of ints, arrays of "
+            "ints or None"
+        ) from None
+    if begin is None and end is None:
+        return
+    p.key_begins = _range_end(p, "key_ranges[0]", 0 if begin is None else begin)
+    p.key_ends = _range_end(p, "key_ranges[1]", p.kv_len if end is None else end)
+
+
+def _range_end(p: Problem, name: str, given: Any) -> Array:
+    """Return one end of the rows' ranges, limited to the keys that there are."""
+    rule = "it must be an int64; what is beyond the keys is limited to them"
+    what = "an int, or ints for each row of queries"
+    array = integers(name, given, what, _INT64.min, _INT64.max, rule).clip(0, p.kv_len)
+    shape, meaning, cure = p.query.shape[:-1], "(*batch, Hq, Lq)", ""
+    if p.query_starts is not None:
+        meaning = "(Hq, total_q)"
+        return np.broadcast_to(broadcast_to(name, array, shape[1:], meaning), shape)
+    if len(shape) == 3 and array.shape == (shape[0], shape[2]):
+        cure = "; pass ranges of shape (batch, Lq) as x[:, None]"
+    return broadcast_to(name, array, shape, meaning, cure)
 
 
 def window_sides(window: Any) -> tuple[int, int]:

@@ -26,6 +26,8 @@ def selection(p: Problem, stage: Any, rows: Any, heads: Any, lse: Any) -> None:
     p.rows = _numbers("rows", rows, p.query.shape[-2])
     if stage in ("scaled", "softcapped"):
         p.attn_mask, p.mask_code, p.alibi_slopes = None, -1, None
+        p.attn_bias, p.bias_code = None, -1
+        p.key_begins = p.key_ends = None
         p.left = p.right = UNBOUNDED
     if stage == "scaled":
         p.softcap = 0.0

@@ -204,6 +204,11 @@ def check_pages(p: Problem) -> None:
         visible &= begin + page_size > (offset - p.left)[:, np.newaxis]
     if p.right < UNBOUNDED:
         visible &= begin <= (offset + (q_len - 1 + p.right))[:, np.newaxis]
+    if p.key_begins is not None and p.key_ends is not None:
+        some, axes = p.key_begins < p.key_ends, (1, 2)
+        first = p.key_begins.min(axis=axes, where=some, initial=p.kv_len, keepdims=True)
+        last = p.key_ends.max(axis=axes, where=some, initial=0, keepdims=True)
+        visible &= (begin + page_size > first[:, 0]) & (begin < last[:, 0])
     wrong = visible & ((table < 0) | (table >= num_pages))
     if wrong.any():
         i, j = np.argwhere(wrong)[0]
