@@ -234,8 +234,9 @@ def table() -> str:
             doubts = {
                 d: max(first_doubt(name, d, "qkv_fast", cache) for cache in CACHES) for d in DTYPES
             }
-            tokens = ", ".join(f"{d}: {doubt:.0e}" for d, doubt in doubts.items() if doubt)
-            tokens = tokens or "equal"
+            tokens = "different" if doubts["float32"] else "equal"
+            if doubts["bfloat16"]:
+                tokens += f"; bfloat16: {'near ties' if doubts['bfloat16'] < 0.03 else 'different'}"
         lines.append(f"| {name} | {' | '.join(cells)} | {tokens} |")
     return "\n".join(lines)
 
