@@ -114,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
             runs = {}
             for name in NAMES:
                 cache = DynamicCache()
-                model(long, past_key_values=cache, logits_to_keep=1)
-                runs[name] = lambda cache=cache: model(long[:, :1], past_key_values=cache)
+                model(long, cache=cache, logits_to_keep=1)
+                runs[name] = lambda cache=cache: model(long[:, :1], cache=cache)
             measure(model, runs, 4 * options.rounds)
 
 

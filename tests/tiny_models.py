@@ -94,6 +94,10 @@ ARCHITECTURES = {
         {**BOTH, "num_mel_bins": 8, "max_source_positions": 24, "max_target_positions": 64,
          "suppress_tokens": [], "begin_suppress_tokens": []},
     ),
+    "NLLB-MoE, dense": Architecture(  # its decoder's layers do not say that they are causal
+        hf.NllbMoeForConditionalGeneration, hf.NllbMoeConfig,
+        {**BOTH, "encoder_sparse_step": 0, "decoder_sparse_step": 0}, has_sdpa=False,
+    ),
     "ViT": Architecture(hf.ViTModel, hf.ViTConfig, {**BODY, **IMAGE}),
     "CLIP": Architecture(
         hf.CLIPModel, hf.CLIPConfig,
@@ -144,7 +148,7 @@ def inputs_of(name: str, dtype: str, padding: str | None) -> tuple[dict[str, Any
     if name == "Whisper":
         features = floats((BATCH, 8, 48)).to(DTYPES[dtype])
         return {"input_features": features, **decoder}, everything
-    if name in ("T5", "BART", "Marian"):
+    if name in ("T5", "BART", "Marian", "NLLB-MoE, dense"):
         return {**words, **decoder}, everything
     return words, mask
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import load_example
 
 pytest.importorskip("torch")
-hf = pytest.importorskip("transformers", minversion="5.20")
+hf = pytest.importorskip("transformers", minversion="5.24")
 
 
 def test_the_printed_output(capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-hf = pytest.importorskip("transformers", minversion="5.20")
+hf = pytest.importorskip("transformers", minversion="5.24")
 
 import numpy as np  # noqa: E402
 import tiny_models as tiny  # noqa: E402

@@ -362,9 +362,10 @@ def make_mask(
     Returns
     -------
     Tensor, shape (B, 1, Lq, Lk), or None
-        None where `attend` knows what to do without a mask. A `SymbolicMask` where the pattern is
-        causal, bidirectional, a window or chunks, and each text's padding is at its ends.
-        Otherwise a boolean tensor, True where the query may attend to the key.
+        None where each query sees all keys, and that is no effect of a causal pattern on several
+        queries. A `SymbolicMask` where the pattern is causal, bidirectional, a window or chunks,
+        and each text's padding is at its ends. Otherwise a boolean tensor, True where the query may
+        attend to the key.
     """
     given: dict[str, Any] = {
         "batch_size": batch_size,
@@ -396,7 +397,8 @@ def make_mask(
         begin, end = runs
     first = int(q_offset) - kv_offset
     options = _options(pattern, q_length, kv_length, first, kv_offset, begin, end)
-    if not options or (options == {"is_causal": True, "query_offset": 0} and q_length > 1):
+    # Without a mask a layer is asked whether it is causal, and some that are don't say so.
+    if not options and (q_length == 1 or not pattern.is_causal):
         return None
     return SymbolicMask(given, options)
 
