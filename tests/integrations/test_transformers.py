@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import importlib.util
 import itertools
@@ -452,7 +453,13 @@ def smollm2():
 
 def test_smollm2_says_the_same(smollm2):
     model, tokenizer = smollm2
-    prompts = ["The capital of France is", "Once upon a time there was a small dog who"]
+    prompts = [
+        "The capital of France is",
+        "Once upon a time there was a small dog who",
+        "def add(a, b):",
+        "Water boils at",
+        "To bake a good bread, one needs",
+    ]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     answers = []
     for implementation in ("eager", "qkv_fast"):
@@ -478,6 +485,11 @@ def test_minilm_embeds_the_same():
             states = model(**inputs).last_hidden_state * mask
         embeddings.append(torch.nn.functional.normalize(states.sum(1) / mask.sum(1)))
     assert (embeddings[1] - embeddings[0]).abs().max() < 1e-5
+
+
+def test_docstrings():
+    assert doctest.testmod(module).attempted > 10
+    assert doctest.testmod(module).failed == 0
 
 
 def test_the_page_has_a_row_for_each_architecture():

@@ -54,8 +54,8 @@ def register(name: str = "qkv_fast") -> None:
     Parameters
     ----------
     name : str
-        What to call it. It can't hold "/" or "|", by which Transformers loads kernels from its hub,
-        nor be "eager" or "sdpa", whose names models compare with.
+        What to call it. It can't hold "/" or "|", by which Transformers loads kernels from its
+        hub, nor "flash", nor be "eager" or "sdpa": models compare their names with these.
 
     Raises
     ------
@@ -151,6 +151,20 @@ def attend(
         As `qkv_fast.scaled_dot_product_attention` does.
     NotImplementedError
         Grad, dropout or another device together with `softcap` or `s_aux`, which sdpa lacks.
+
+    Notes
+    -----
+    The maths is that of `qkv_fast.scaled_dot_product_attention`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qkv_fast.integrations.transformers import attend
+    >>> layer = torch.nn.Module()
+    >>> query, key, value = torch.randn(2, 8, 5, 16), *torch.randn(2, 2, 2, 5, 16)
+    >>> out, weights = attend(layer, query, key, value, None, is_causal=True)
+    >>> out.shape, weights
+    (torch.Size([2, 5, 8, 16]), None)
     """
     given = {name: x for name, x in kwargs.items() if x is not None and x is not False}
     sliding_window = given.pop("sliding_window", None)
@@ -292,7 +306,8 @@ class SymbolicMask(torch.Tensor):
 
     Notes
     -----
-    Any operation on it sees the elements, and returns an ordinary tensor.
+    Any operation on it sees the elements, and returns an ordinary tensor. `make_mask` has an
+    example.
     """
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -366,6 +381,16 @@ def make_mask(
         queries. A `SymbolicMask` where the pattern is causal, bidirectional, a window or chunks,
         and each text's padding is at its ends. Otherwise a boolean tensor, True where the query may
         attend to the key.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qkv_fast.integrations.transformers import make_mask
+    >>> mask = make_mask(1, 3, 3, attention_mask=torch.tensor([[False, True, True]]))
+    >>> mask.options
+    {'is_causal': True, 'query_offset': 0, 'key_ranges': (array([[[1]]]), None)}
+    >>> mask[0, 0].int().tolist()
+    [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
     """
     given: dict[str, Any] = {
         "batch_size": batch_size,
