@@ -638,7 +638,7 @@ def as_ints(draw: Draw, memories: list[Memory], x: Array, unsigned: bool = True)
     x = np.asarray(x)
     if x.ndim == 0 and draw.chance(0.8):
         return draw.pick((int, np.int64))(int(x))
-    if draw.chance(0.3):
+    if draw.chance(0.3) and (x.size or x.ndim == 1):  # a list without rows lacks their lengths
         return x.tolist()
     big = bool(x.size) and int(np.abs(x).max()) >= 2**31
     kinds = ["i8"] if big else ["i8", "i8", "i4"]
@@ -741,9 +741,7 @@ def add_modifiers(
         given["return_lse"] = True
 
 
-def add_ranges(
-    draw: Draw, case: Case, truth: Options, shape: tuple[int, ...], kv_len: int
-) -> None:
+def add_ranges(draw: Draw, case: Case, truth: Options, shape: tuple[int, ...], kv_len: int) -> None:
     """Draw key_ranges that broadcast to shape, (*batch, Hq, Lq); varlen's are (Hq, total_q)."""
     if not draw.chance(0.25):
         return

@@ -126,6 +126,14 @@ def scaled_dot_product_attention(
         ``-slope * abs(position - j)`` is added to the scores.
     sinks : array, shape (Hq,), optional
         Logits, neither scaled nor capped, that join the softmax's denominator only.
+    attn_bias : array, broadcastable to (..., Hq, Lq, Lk), optional
+        Floating: added to the scores, beside an `attn_mask` of either kind; -inf excludes the key.
+        Never materialised.
+    key_ranges : pair (begin, end), optional
+        Ints or arrays of ints, each of a shape broadcastable to (..., Hq, Lq), or None: a row of
+        queries sees keys ``begin <= j < end`` only, and of these what all else allows. None is no
+        bound on that side. Ranges may be empty, or reach beyond the keys. Blocks of keys that no
+        row of a tile of queries sees are not computed.
     key_lengths : int or ints, shape broadcastable to (...), optional
         Keys from there on are never read, whatever they hold.
     out : ndarray or tensor, shape (..., Hq, Lq, Dv), optional
@@ -161,10 +169,10 @@ def scaled_dot_product_attention(
 
     Notes
     -----
-    The order is: score = q·k * scale; softcap; ALiBi and floating mask; exclusion (boolean mask,
-    -inf, causal, window, key_lengths); softmax with sinks. A row that may attend to no key gives
-    zeros, and -inf as its lse. An excluded key has no influence, even if it holds NaN.
-    Sums are in float32, in float64 for float64.
+    The order is: score = q·k * scale; softcap; ALiBi, floating mask and bias; exclusion (boolean
+    mask, -inf, causal, window, key_ranges, key_lengths); softmax with sinks. A row that may attend
+    to no key gives zeros, and -inf as its lse. An excluded key has no influence, even if it holds
+    NaN. Sums are in float32, in float64 for float64.
 
     A row's result depends on its own inputs, and on how many rows its KV group has. It does not
     depend on the number of threads, nor on the rest of the batch. With ``tiles="blas"`` (see
@@ -198,6 +206,16 @@ def scaled_dot_product_attention(
     >>> v = np.array([[0.0], [3.0], [6.0]])
     >>> qkv_fast.scaled_dot_product_attention(q, k, v).round(12)
     array([[3.]])
+
+    Two texts in a row, of two tokens and of one, that do not see each other:
+
+    >>> tokens = np.array([[1.0], [3.0], [8.0]])
+    >>> qkv_fast.scaled_dot_product_attention(
+    ...     tokens, tokens, tokens, scale=0.0, key_ranges=([0, 0, 2], [2, 2, 3])
+    ... )
+    array([[2.],
+           [2.],
+           [8.]])
     """
     answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset, window,

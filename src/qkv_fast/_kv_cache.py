@@ -344,8 +344,12 @@ class KVCache:
             a tensor. Hq may be any multiple of Hkv.
         attn_mask : array, broadcastable to (batch, Hq, Lq, max(lengths)), optional
             Boolean: True where the query may attend to the key. Floating: added to the scores.
-        is_causal, scale, window, softcap, alibi_slopes, sinks, out, return_lse, num_threads
+        attn_bias : array, broadcastable to (batch, Hq, Lq, max(lengths)), optional
+            Floating: added to the scores, beside an `attn_mask`.
+        is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges
             As in `scaled_dot_product_attention`. A cache's own window bounds `window`.
+        out, return_lse, num_threads
+            Likewise.
         sequences : ints, optional
             The sequences that query's first axis stands for; all by default, in order.
 

@@ -109,7 +109,9 @@ def paged_attention(
         Keys of each sequence, 0 to blocks * page_size.
     attn_mask : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
         Boolean: True where the query may attend to the key. Floating: added to the scores.
-    is_causal, scale, window, softcap, alibi_slopes, sinks, return_lse, num_threads
+    attn_bias : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
+        Floating: added to the scores, beside an `attn_mask`.
+    is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges, return_lse, num_threads
         As in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.

@@ -114,6 +114,13 @@ def varlen_attention(
         (top-left, as in torch).
     alibi_slopes : array, shape broadcastable to (sequences, Hq), optional
         ``-slope * abs(position - j)`` is added to the scores.
+    attn_bias : array, broadcastable to (sequences, Hq, Lq, Lk), optional
+        Floating: added to the scores; -inf excludes the key. Lq and Lk are the most queries and
+        keys that a sequence has, and a sequence takes the first rows and columns.
+    key_ranges : pair (begin, end), optional
+        Ints or arrays of ints, each of a shape broadcastable to (Hq, total_q), or None: a token
+        sees keys ``begin <= j < end`` of its sequence only, whose first key is 0. For the rest as
+        in `scaled_dot_product_attention`.
     key_lengths : int or ints, shape broadcastable to (sequences,), optional
         Keys of a sequence from there on are never read.
     out : ndarray or tensor, shape (total_q, Hq, Dv), optional

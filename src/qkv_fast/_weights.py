@@ -52,7 +52,8 @@ def attention_weights(
 
         - "scaled": q·k * scale;
         - "softcapped": that after the softcap;
-        - "masked": that with ALiBi and a floating mask added, and -inf where a key is excluded;
+        - "masked": that with ALiBi, a floating mask and a bias added, and -inf where a key is
+          excluded;
         - "softmax": the weights. An excluded key has weight 0, and so have all keys of a row that
           sees none. With sinks a row sums to less than 1.
     rows : slice or ints, optional
@@ -60,7 +61,7 @@ def attention_weights(
         the end. A row keeps its position, its row of the mask and its lse.
     heads : slice or ints, optional
         The query heads that are computed, likewise.
-    query_offset, window, softcap, alibi_slopes, sinks, key_lengths
+    query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths
         As in `scaled_dot_product_attention`. Keys past `key_lengths` are -inf at each stage but
         "softmax", where they are 0.
     lse : array, shape (..., Hq, Lq), optional

@@ -20,6 +20,7 @@ assert_type(sdpa(x, x, x), Array)
 assert_type(sdpa(x, x, x, None, 0.0, True, 0.5, True, softcap=20.0, out=x), Array)
 assert_type(sdpa(x, x, x, is_causal=True, window=(5, None), return_lse=False), Array)
 assert_type(sdpa(x, x, x, key_lengths=[2], return_lse=True), Both)
+assert_type(sdpa(x, x, x, attn_bias=x, key_ranges=([0, 1, 1], None)), Array)
 
 assert_type(qkv_fast.varlen_attention(x[0], x[0], x[0], [0, 2]), Array)
 assert_type(qkv_fast.varlen_attention(x[0], x[0], x[0], [0, 2], None, True, softcap=2.0), Array)
@@ -40,4 +41,5 @@ assert_type(cache.attend(x, return_lse=either), Array | Both)
 
 sdpa(x, x, x, softcap="20")  # type: ignore[call-overload]
 sdpa(x, x, x, soft_cap=20.0)  # type: ignore[call-overload]
+sdpa(x, x, x, key_ranges=3)  # type: ignore[call-overload]
 cache.attend(x, query_offset=1)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from .kernels cimport QKV_KEY_RUN
-from .key_runs cimport KeyRuns, find_interleaved_runs, load_key_runs
+from .key_runs cimport KeyRuns, find_interleaved_runs, gather_key_runs, load_key_runs
 from .parallel cimport goes_on
 from .query_tile cimport place_tile
 from .rows cimport load_scales, read_reals, write_row
@@ -23,7 +23,7 @@ from .softmax_state cimport finish_state, merge_partials, save_partial, weigh_sc
 from .tuning cimport KV_SPLIT, MAX_HEADS
 from .types cimport (
     HeadRows, HeadView, KVBlock, Launch, PartialState, Plan, QueryTile, SequencePlan, Visibility,
-    get_real, open_block, tile_of,
+    get_real, open_block, round_up, size_of, tile_of,
 )
 
 cdef extern from *:
@@ -127,7 +127,8 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
     cdef Py_ssize_t nk
     if not find_visibility(plan, head, tile, block, &visible):
         return
-    if not visible.partial and not plan.has_modifiers and tile.count <= plan.kernels.lanes:
+    if (not visible.partial and not plan.has_modifiers and not plan.ranges_differ
+            and tile.count <= plan.kernels.lanes):
         attend_whole(plan, head, 1, 1, block, visible.nk)
         tile.has_keys |= visible.has_keys
         return
@@ -136,9 +137,41 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
     compute_scores(plan, tile, &runs, 0, block.before_window, nk, tile.lanes)
     modify_scores(plan, head, tile, block, &visible)
     weigh_scores(plan, head, tile, block, &visible)
+    if plan.ranges_differ:
+        accumulate_aligned(plan, head, tile, block, &visible)
+        return
     load_key_runs(plan, &head.value, block, visible.nk, tile.end_max, &runs)
     accumulate_values(plan, tile, &runs, 0, block.before_window, nk, tile.lanes, True,
                       visible.partial)
+
+
+cdef void accumulate_aligned(const Plan *plan, const HeadView *head, QueryTile *tile,
+                             const KVBlock *block, const Visibility *visible) noexcept nogil:
+    """Accumulate a block's values; the ranges of a row's neighbours change no bit of its sums.
+
+    The kernel begins a sum every 8 or 16 values (VALUES_IN_L1 of decode_tmpl.h), from the first one
+    on. Which value that is, and whether a page splits a run, depends on the ranges of all rows. So
+    what comes before a multiple of 8 or 16 is accumulated first, and where pages may split runs,
+    values are always gathered.
+    """
+    cdef const HeadRows *rows = &head.value
+    cdef bint in_place = rows.view.contiguous and plan.page_size % QKV_KEY_RUN == 0
+    cdef Py_ssize_t begin = block.before_window
+    cdef Py_ssize_t step = 16 if in_place and size_of(rows.view.type) < 4 else 8
+    cdef Py_ssize_t end = min(visible.nk, round_up(begin, step))
+    cdef KVBlock rest = block[0]
+    cdef KeyRuns runs
+    if begin == end:
+        end = visible.nk
+    while begin < visible.nk:
+        rest.before_window = begin
+        if in_place:
+            load_key_runs(plan, rows, &rest, end, tile.end_max, &runs)
+        else:
+            gather_key_runs(plan, rows, block.begin + begin, end - begin, &runs)
+        accumulate_values(plan, tile, &runs, 0, begin, end - begin, tile.lanes,
+                          begin == block.before_window, visible.partial)
+        begin, end = end, visible.nk
 
 
 cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int interleaved,

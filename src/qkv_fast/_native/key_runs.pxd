@@ -10,6 +10,8 @@ cdef struct KeyRuns:
 
 cdef void load_key_runs(const Plan *plan, const HeadRows *rows, const KVBlock *block,
                         Py_ssize_t nk, int64_t key_end, KeyRuns *runs) noexcept nogil
+cdef void gather_key_runs(const Plan *plan, const HeadRows *rows, int64_t begin, Py_ssize_t nk,
+                          KeyRuns *runs) noexcept nogil
 cdef void find_interleaved_runs(const Plan *plan, const HeadView *head, const HeadRows *rows,
                                 int64_t begin, int count, int heads, int64_t key_end,
                                 KeyRuns *runs) noexcept nogil

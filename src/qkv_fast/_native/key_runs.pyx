@@ -44,14 +44,19 @@ cdef void load_key_runs(const Plan *plan, const HeadRows *rows, const KVBlock *b
 
     Else they are gathered as reals.
     """
-    cdef char *row = rows.copies
     cdef int64_t begin = block.begin + block.before_window
-    cdef int run
     nk -= block.before_window
     runs.stride = rows.view.row
     runs.type = rows.view.type
-    if rows.view.contiguous and find_key_runs(rows, begin, nk, key_end, runs):
-        return
+    if not (rows.view.contiguous and find_key_runs(rows, begin, nk, key_end, runs)):
+        gather_key_runs(plan, rows, begin, nk, runs)
+
+
+cdef void gather_key_runs(const Plan *plan, const HeadRows *rows, int64_t begin, Py_ssize_t nk,
+                          KeyRuns *runs) noexcept nogil:
+    """List the runs of nk rows from key `begin` on, gathered as reals."""
+    cdef char *row = rows.copies
+    cdef int run
     runs.stride = rows.length * plan.input_bytes
     runs.type = plan.kernels.input_type
     gather(plan, rows, begin, nk, row, runs.stride)

@@ -14,8 +14,8 @@ from .tuning cimport (
     WIDE, fitting_keys, shared_keys,
 )
 from .types cimport (
-    Interrupt, Plan, QueryTile, ScratchLayout, TensorView, adds_to_scores, lanes_per_step,
-    round_up, size_of,
+    Interrupt, Plan, QueryTile, ScratchLayout, TensorView, adds_to_scores, is_shared_by_heads,
+    lanes_per_step, round_up, size_of,
 )
 
 cnp.import_array()
@@ -270,6 +270,10 @@ cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *k
         allow_widening(&plan.key, plan.head_dim)
         allow_widening(&plan.value, plan.v_dim)
     set_block_k(plan, choose_block_k_decode(plan), MAX_DECODE_ROWS)
+    plan.ranges_differ = (
+        plan.group > 1 and not (is_shared_by_heads(&plan.key_begins)
+                                and is_shared_by_heads(&plan.key_ends))
+        or plan.q_len > 1 and (plan.key_begins.row != 0 or plan.key_ends.row != 0))
     plan_interleaving(plan)
 
 
@@ -287,7 +291,8 @@ cdef void plan_interleaving(Plan *plan) noexcept:
         adjacent = plan.page_size
     if (adjacent == 0 or adjacent % QKV_KEY_RUN or plan.page_size % adjacent
             or not is_in_place(plan) or plan.has_modifiers or plan.mask.data != NULL
-            or plan.key_begins.head != 0 or plan.key_ends.head != 0
+            or plan.ranges_differ or not is_shared_by_heads(&plan.key_begins)
+            or not is_shared_by_heads(&plan.key_ends)
             or max(plan.head_dim, plan.v_dim) > WIDE):
         return
     plan.interleave_span = max(adjacent, plan.block_k)

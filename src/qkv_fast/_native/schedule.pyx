@@ -20,7 +20,7 @@ from .prefill cimport run_prefill_task
 from .tuning cimport BATCHES_PER_LOOK, KV_SPLIT
 from .types cimport (
     UNBOUNDED, HeadRows, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
-    batch_entry, is_shared, lanes_per_step,
+    batch_entry, is_shared, is_shared_by_heads, lanes_per_step,
 )
 
 
@@ -45,6 +45,27 @@ cdef void divide_queries(const Plan *plan, SequencePlan *sequence) noexcept nogi
     sequence.tasks_per_head = (tiles + plan.tiles_per_task - 1) // plan.tiles_per_task
 
 
+cdef void narrow_to_ranges(const Plan *plan, const SequencePlan *sequence, int64_t *key_begin,
+                           int64_t *key_end) noexcept nogil:
+    """Narrow the keys to those from the first to the last that is in some row's range."""
+    cdef const TensorView *begins = &plan.key_begins
+    cdef const TensorView *ends = &plan.key_ends
+    cdef bint alike = is_shared_by_heads(begins) and is_shared_by_heads(ends)
+    cdef const char *first = batch_entry(plan, begins, sequence.batch)
+    cdef const char *last = batch_entry(plan, ends, sequence.batch)
+    cdef int64_t low = UNBOUNDED, high = 0, begin, end
+    cdef Py_ssize_t head, row
+    for head in range(1 if alike else plan.num_kv_heads * plan.group):
+        for row in range(sequence.q_start, sequence.q_start + sequence.q_len):
+            begin = (<const int64_t *>(first + head * begins.head + row * begins.row))[0]
+            end = (<const int64_t *>(last + head * ends.head + row * ends.row))[0]
+            if begin < end:
+                low = min(low, begin)
+                high = max(high, end)
+    key_begin[0] = max(key_begin[0], low)
+    key_end[0] = min(key_end[0], high)
+
+
 cdef void divide_keys(const Plan *plan, SequencePlan *sequence) noexcept nogil:
     """Set which splits of the keys a head of the sequence needs, a decode task each."""
     cdef int64_t key_begin = 0, key_end = sequence.kv_len
@@ -52,6 +73,8 @@ cdef void divide_keys(const Plan *plan, SequencePlan *sequence) noexcept nogil:
         key_begin = sequence.offset - plan.left
     if plan.right < UNBOUNDED:
         key_end = min(key_end, sequence.offset + sequence.q_len + plan.right)
+    if plan.key_begins.data != NULL:
+        narrow_to_ranges(plan, sequence, &key_begin, &key_end)
     sequence.first_split = key_begin // KV_SPLIT
     sequence.tasks_per_head = 0
     if sequence.q_len > 0:              # without keys there is a task to write zeros

@@ -90,6 +90,7 @@ cdef struct Plan:
     Py_ssize_t tiles_per_task           # prefill
     bint prefetches                     # prefill asks for keys and values before it needs them
     Py_ssize_t heads_per_task           # decode
+    bint ranges_differ                  # decode: among the rows of a KV group
     Py_ssize_t adjacent_keys            # decode: see plan_interleaving in plan.pyx
     Py_ssize_t interleave_span
     ScratchLayout layout
@@ -246,6 +247,10 @@ cdef inline uint64_t lane_bits(int lanes) noexcept nogil:
 cdef inline bint is_shared(const TensorView *mask) noexcept nogil:
     """Return whether all rows of a batch entry have the same mask, as for padding."""
     return mask.head == 0 and mask.row == 0
+
+
+cdef inline bint is_shared_by_heads(const TensorView *view) noexcept nogil:
+    return view.head == 0
 
 
 cdef inline bint is_additive(const TensorView *mask) noexcept nogil:
