@@ -29,6 +29,9 @@ cdef dict executable = {                # the index of an ISA by its name
     qkv_isa_name(index).decode(): index for index in range(count_isas()) if qkv_isa_runs(index)}
 
 
+cdef dict best_isas = {}                # by element type, as far as they were asked for
+
+
 cdef int index_of(str isa) except -1:
     """Return the index of an ISA that this machine can execute."""
     return executable[isa]
@@ -55,8 +58,13 @@ def isas():
 
 
 def best_isa(int type):
-    """Return the name of the weakest ISA that has the fastest kernels for an element type."""
-    return qkv_isa_name(index_of_best(type)).decode()
+    """Return the name of the weakest ISA that has the fastest kernels for an element type.
+
+    Virtual machines take 100 us and more to answer what a CPU can do: it is asked once.
+    """
+    if type not in best_isas:
+        best_isas[type] = qkv_isa_name(index_of_best(type)).decode()
+    return best_isas[type]
 
 
 def compiler():

@@ -95,7 +95,7 @@ cdef enum:  # decide how fast a call is
     # task: 2 and 8 are up to 10 % slower.
     LINEAR_BLOCK = 64
     LINEAR_TILES = 4
-    LINEAR_TASKS_PER_THREAD = 4
+    LINEAR_TASKS_PER_THREAD = 2
     # OpenBLAS serves at most so many threads. Each needs a buffer of 32 MiB and its stack, for
     # which OpenBLAS waits without end where there is no memory.
     MAX_BLAS_THREADS = 64
