@@ -208,7 +208,7 @@ def checked(parts: Parts, num_heads: int) -> tuple[Parts, int, int]:
         )
     code &= ~SWAPPED
     readable: dict[str, Any] = {
-        name: None if array is None else _readable(array, code)
+        name: None if array is None else readable(array, code)
         for name, array in parts._asdict().items()
     }
     return parts._replace(**readable), num_heads, num_kv_heads
@@ -235,7 +235,7 @@ def _check_shapes(parts: Parts, rows: tuple[int, int, int], head_dim: int) -> No
             )
 
 
-def _readable(array: Array, code: int) -> Array:
+def readable(array: Array, code: int) -> Array:
     """Return a weight of the element type, with rows that kernels can read."""
     if code_of(array.dtype, uint16_is_bf16=True) != code:
         array = rounded_weight(array, code)

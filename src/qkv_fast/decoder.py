@@ -24,8 +24,7 @@ from ._dtypes import CODES, FLOAT32, FLOAT64, SWAPPED, Array, code_of, reals
 from ._gguf import Tokenizer, find_smollm2, open_gguf, read_model
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
-from ._layer_weights import _readable as readable
-from ._layer_weights import weight_code
+from ._layer_weights import readable, weight_code
 from ._linear import linear
 from ._llama import SMALL, Config, random_state
 from ._options import Ints
