@@ -207,11 +207,11 @@ def checked(parts: Parts, num_heads: int) -> tuple[Parts, int, int]:
             fused=np.concatenate([query, key, value]), query=None, key=None, value=None
         )
     code &= ~SWAPPED
-    readable: dict[str, Any] = {
+    weights: dict[str, Any] = {
         name: None if array is None else readable(array, code)
         for name, array in parts._asdict().items()
     }
-    return parts._replace(**readable), num_heads, num_kv_heads
+    return parts._replace(**weights), num_heads, num_kv_heads
 
 
 def _check_shapes(parts: Parts, rows: tuple[int, int, int], head_dim: int) -> None:
