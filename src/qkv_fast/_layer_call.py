@@ -11,7 +11,7 @@ its result, and what one step writes is in the caches when the next one reads it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from ._dtypes import (
 )
 from ._kv_cache import KVCache
 from ._linear import linear
+from ._norm import rms_norm
 from ._options import Ints
 from ._problem.arguments import as_array, plain
 from ._threads import checked
@@ -237,19 +238,12 @@ def project(layer: MultiHeadAttention, sources: Sources, num_threads: int | None
     return Heads(query, key, value, rotated)
 
 
-def normalize(layer: MultiHeadAttention, x: Array, weight: Array) -> None:
-    """Divide each row of x by the root of its mean square, in place, and multiply by weight."""
-    square = np.einsum("...d,...d->...", x, x)[..., np.newaxis]
-    x /= np.sqrt(square / layer._real(x.shape[-1]) + layer._real(layer.norm_eps))
-    x *= reals(weight, layer._code, layer._real)
-
-
 def place(layer: MultiHeadAttention, heads: Heads, rotary: Rotary | None, positions: Any) -> None:
     """Normalise and rotate queries and keys in place, where the layer and the call want that."""
     norms = layer._parts.query_norm, layer._parts.key_norm
     for x, weight in zip((heads.query, heads.key), norms, strict=True):
         if x is not None and weight is not None:
-            normalize(layer, x, weight)
+            rms_norm(x, reals(weight, layer._code, layer._real), layer.norm_eps, out=x)
     if rotary is not None:
         rotary(heads.rotated, positions, out=heads.rotated)
 
@@ -279,15 +273,15 @@ def cached_keys(cache: KVCache, real: Any) -> Array:
 
 
 @contextlib.contextmanager
-def restored(cache: KVCache | None) -> Iterator[None]:
-    """Take the tokens off the cache that a call has appended before it raised."""
-    lengths: Any = None if cache is None else cache.lengths
+def restored(caches: Sequence[KVCache]) -> Iterator[None]:
+    """Take the tokens off the caches that a call has appended before it raised."""
+    lengths = [cache.lengths for cache in caches]
     try:
         yield
     except BaseException:
-        if cache is not None:
+        for cache, before in zip(caches, lengths, strict=True):
             with contextlib.suppress(ValueError):  # a window gave pages back
-                cache.truncate(lengths)
+                cache.truncate(before)
         raise
 
 
@@ -336,7 +330,7 @@ class Call:
         if self.cache is None:
             weights = self.attend(need_weights)
         else:
-            with restored(self.cache if self.appends else None):
+            with restored([self.cache] if self.appends else []):
                 weights = self.attend_cache(self.cache, need_weights)
         result = self.target.finish()
         return result, weights if weights is None or self.is_batch else weights[0]

@@ -13,7 +13,6 @@ MLP. ``help`` of each name has its parameters and an example.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
@@ -24,9 +23,11 @@ from ._dtypes import CODES, FLOAT32, FLOAT64, SWAPPED, Array, code_of, reals
 from ._gguf import Tokenizer, find_smollm2, open_gguf, read_model
 from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
+from ._layer_call import restored
 from ._layer_weights import readable, weight_code
 from ._linear import linear
 from ._llama import SMALL, Config, random_state
+from ._norm import rms_norm
 from ._options import Ints
 from ._problem.arguments import as_array, flag, integer, integers, real
 
@@ -306,9 +307,9 @@ class Decoder:
             raise ValueError(f"caches has length {len(caches)}: it must be {len(self.layers)}, "
                              "one for each layer")  # fmt: skip
         x: Array = reals(self.embedding[batch], self._code, self._real)
-        with np.errstate(over="ignore", under="ignore"), _restored(caches or ()):
+        with np.errstate(over="ignore", under="ignore"), restored(caches or ()):
             for i, layer in enumerate(self.layers):
-                y = self._normalized(x, layer.attention_norm)
+                y = rms_norm(x, layer.attention_norm, self._epsilon)
                 x += layer.attention(
                     y, is_causal=True, cache=None if caches is None else caches[i],
                     rotary=self.rotary, window=layer.window, out=y, num_threads=num_threads,
@@ -316,7 +317,7 @@ class Decoder:
                 if i == len(self.layers) - 1 and not all_tokens:
                     x = np.ascontiguousarray(x[:, -1:])
                 self._add_mlp(x.reshape(-1, x.shape[-1]), layer, num_threads)
-            x = self._normalized(x, self.norm)
+            x = rms_norm(x, self.norm, self._epsilon)
             logits = self._product(x.reshape(-1, x.shape[-1]), self.output, None, num_threads)
         shape = rows.shape if all_tokens else rows.shape[:-1]
         return logits.reshape(*shape, -1)
@@ -331,15 +332,6 @@ class Decoder:
             )
         return rows
 
-    def _normalized(self, x: Array, weight: Array) -> Array:
-        """Return rows divided by the root of their mean square, times weight."""
-        factor = np.einsum("...d,...d->...", x, x)[..., np.newaxis]
-        factor /= self._real(x.shape[-1])
-        factor += self._real(self._epsilon)
-        y: Array = x / np.sqrt(factor, factor)
-        y *= weight
-        return y
-
     def _product(
         self, x: Array, weight: Array, bias: Array | None, num_threads: int | None
     ) -> Array:
@@ -351,7 +343,7 @@ class Decoder:
         """X += W_down (silu(W_gate y) * (W_up y)), where y = norm(x); in blocks of rows."""
         for begin in range(0, len(x), MLP_ROWS):
             rows = x[begin : begin + MLP_ROWS]
-            y = self._normalized(rows, layer.mlp_norm)
+            y = rms_norm(rows, layer.mlp_norm, self._epsilon)
             both = self._product(y, layer.gate_up, layer.gate_up_bias, num_threads)
             gate, up = both.reshape(len(rows), 2, -1).swapaxes(0, 1)
             inner = np.exp(-gate)
@@ -446,18 +438,6 @@ def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
     shares = np.exp((logits - logits.max()).astype(np.float64) / temperature)
     bounds = np.cumsum(shares)
     return int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))
-
-
-@contextlib.contextmanager
-def _restored(caches: Sequence[KVCache]) -> Iterator[None]:
-    """Take the tokens off the caches that a call has appended before it raised."""
-    lengths = [cache.lengths for cache in caches]
-    try:
-        yield
-    except BaseException:
-        for cache, before in zip(caches, lengths, strict=True):
-            cache.truncate(before)
-        raise
 
 
 # --- Weights --------------------------------------------------------------------------------------

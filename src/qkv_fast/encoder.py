@@ -22,6 +22,7 @@ import numpy as np
 from ._dtypes import CODES, FLOAT64, SWAPPED, Array, code_of, named, reals
 from ._layer import MultiHeadAttention
 from ._linear import linear
+from ._norm import rms_norm
 from ._problem.arguments import as_array, flag, integer, integers, shown
 
 __all__ = ["Encoder", "EncoderLayer", "Linear", "Norm", "find_minilm"]
@@ -44,9 +45,7 @@ class Norm(NamedTuple):
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis of x in place, and return x."""
         x -= x.mean(axis=-1, keepdims=True)
-        square = np.einsum("...d,...d->...", x, x)[..., np.newaxis]
-        x /= np.sqrt(square / x.dtype.type(x.shape[-1]) + x.dtype.type(self.epsilon))
-        x *= self.weight
+        rms_norm(x, self.weight, self.epsilon, out=x)
         x += self.bias
         return x
 
