@@ -719,7 +719,8 @@ def add_modifiers(
             (1, 0.0, -0.3, 0.5, 0.125, 3.0, np.float32(0.7))
         )
     if draw.chance(0.15):
-        given["softcap"] = truth["softcap"] = draw.pick((0.5, 5, 30.0, 1e-3, 1e5, np.float32(2)))
+        cap = given["softcap"] = draw.pick((0.5, 5, 30.0, 1e-3, 1e5, np.float32(2), 0.0, 0))
+        truth["softcap"] = cap or None
     if draw.chance(0.15):
         shape = draw.pick(((), (heads,), (*batch, heads), (*[1 for _ in batch], heads)))
         slopes = draw.rng.random(shape) * draw.pick((0.1, 1.0, 0.5, -0.2))
@@ -1597,7 +1598,7 @@ def wrong_modifiers(draw: Draw, case: Case, heads: int, batch: tuple[int, ...]) 
         ),
         "window": pick((3, (1,), (1, 2, 3), (-1, 0), (0, -1), (1.5, 0), (math.nan, 0), "ab",
                         (0, "1"), (-(2**63), 0), (-(2**70), None), [[1], 2])),
-        "softcap": pick((0, -1.0, math.inf, math.nan, "1", 1j, 10**400, [2.0, 3.0], 0.0)),
+        "softcap": pick((-1e-9, -1.0, math.inf, math.nan, "1", 1j, 10**400, [2.0, 3.0])),
         "alibi_slopes": pick((np.ones(heads + 2), [1j] * heads, "a", [None] * heads,
                               [[1.0], [1.0, 2.0]], np.ones((3, 1, 1, 1, 1, 1, heads)),
                               np.ones(heads, bool))),

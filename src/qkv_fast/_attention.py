@@ -121,7 +121,8 @@ def scaled_dot_product_attention(
         flash-attn and ONNX; None is no bound on that side. Transformers' ``sliding_window=w`` is
         ``(w - 1, 0)``.
     softcap : float, optional
-        Positive c: scores become ``c * tanh(score / c)``.
+        Positive c: scores become ``c * tanh(score / c)``. None and 0 are no cap, as in flash-attn
+        and ONNX.
     alibi_slopes : array, shape broadcastable to (..., Hq), optional
         ``-slope * abs(position - j)`` is added to the scores.
     sinks : array, shape (Hq,), optional

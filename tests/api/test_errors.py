@@ -94,7 +94,6 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "window is 'abc'", {"window": "abc"}),
     (TypeError, "window's left side", {"window": (1.5, 0)}),
     (ValueError, "flash-attn writes as -1", {"window": (-1, -1)}),
-    (ValueError, "softcap", {"softcap": 0}),
     (ValueError, "softcap", {"softcap": -1.0}),
     (ValueError, "softcap", {"softcap": np.inf}),
     (ValueError, "softcap", {"softcap": np.nan}),

@@ -199,6 +199,13 @@ def test_softcap(engine, rng, dtype, cap):
     check(q * dtype(5), k, v, softcap=cap)
 
 
+def test_a_softcap_of_0_is_none(engine, rng):
+    q, k, v = rng.standard_normal((3, 2, 5, 8), np.float32)
+    plain = sdpa(q, k, v)
+    for cap in (0, 0.0, -0.0):
+        assert np.array_equal(sdpa(q, k, v, softcap=cap), plain)
+
+
 @pytest.mark.parametrize("slopes", [0.5, [0.0, 0.25], [[1.0, -0.5], [0.125, 2.0]]])
 def test_alibi(engine, rng, slopes):
     q, k, v = make(rng, (2, 2, 2, 40, 90, 16, 16))

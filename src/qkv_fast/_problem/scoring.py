@@ -96,9 +96,9 @@ def scoring(
         p.right = min(p.right, right)
     if softcap is not None:
         p.softcap = real("softcap", softcap)
-        if not 0.0 < p.softcap < math.inf:
+        if not 0.0 <= p.softcap < math.inf:
             raise ValueError(
-                f"softcap is {softcap!r}: it must be positive and finite, or None for no cap"
+                f"softcap is {softcap!r}: it must be positive and finite, or None or 0 for no cap"
             )
     if alibi_slopes is not None:
         slopes = real_array("alibi_slopes", alibi_slopes)

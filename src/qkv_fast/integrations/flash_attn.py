@@ -421,11 +421,11 @@ def _options(
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p is {dropout_p!r}: it must be 0.0, since there is no dropout")
     left, right = (None if side < 0 else side for side in window_size)
-    options: dict[str, Any] = {"is_causal": bool(causal), "scale": softmax_scale}
+    options: dict[str, Any] = {
+        "is_causal": bool(causal), "scale": softmax_scale, "softcap": softcap,
+    }  # fmt: skip
     if left is not None or right is not None:
         options["window"] = (left, right)
-    if softcap:
-        options["softcap"] = softcap
     if alibi_slopes is not None:
         options["alibi_slopes"] = alibi_slopes.detach()
     return options

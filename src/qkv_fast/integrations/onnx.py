@@ -149,7 +149,7 @@ class Attention(OpRun):
             "enable_gqa": True,
             "query_offset": query_offset,
             "window": (_bound(left_window_size), _bound(right_window_size)),
-            "softcap": float(softcap) if softcap else None,
+            "softcap": float(softcap),
             "key_lengths": nonpad_kv_seqlen,
         }
         real = _common_dtype((query, key, value), softmax_precision)
