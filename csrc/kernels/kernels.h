@@ -92,10 +92,6 @@ QKV_STRUCT(qkv_tile_kernels,
     void (*bias)(void *S, ptrdiff_t nk, int nvec, const char *const *rows, int shared,
                  uint64_t *allow);
 
-    /* Bit i of allow[k] stays set only if first_key[i] <= k <= last_key[i]. */
-    void (*mask_positions)(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first_key,
-                           const void *last_key);
-
     /* Bit i of allow[k] stays set only if rows[i][k] is true; keys are `stride` bytes apart. */
     void (*mask_bool)(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
                       ptrdiff_t stride);

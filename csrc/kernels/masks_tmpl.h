@@ -1,26 +1,11 @@
 /* Which keys each lane may attend to, as bits.
  *
- *     mask_positions  allow[k] &= bit i where first_key[i] <= k <= last_key[i]
  *     mask_bool       allow[k] &= bit i where rows[i][k * stride] is not 0
  *
- * allow is [nk] words, first_key and last_key are [ld] reals, aligned. Rows of a mask are the
- * caller's bytes, at any alignment and stride; nothing behind a row's last key is read. */
-static void mask_positions(uint64_t *allow, ptrdiff_t nk, int nvec, const void *first_key_,
-                           const void *last_key_)
-{
-    const real *first_key = first_key_, *last_key = last_key_;
-    for (ptrdiff_t k = 0; k < nk; k++) {
-        const vec key_at = v_set1((real)k);
-        uint64_t bits = 0;
-        for (int v = 0; v < nvec; v++)
-            bits |= (v_le_bits(v_load(first_key + v * LANES), key_at) &
-                     v_le_bits(key_at, v_load(last_key + v * LANES)))
-                    << (v * LANES);
-        allow[k] &= bits;
-    }
-}
-
-/* 64 keys at a time: bits[j][k] holds the bits of lanes 8 j to 8 j + 7 for key k, so that the inner
+ * allow is [nk] words. Rows of a mask are the caller's bytes, at any alignment and stride; nothing
+ * behind a row's last key is read.
+ *
+ * 64 keys at a time: bits[j][k] holds the bits of lanes 8 j to 8 j + 7 for key k, so that the inner
  * loop runs along a row. Eight such bytes make up a key's word. */
 static void mask_bool(uint64_t *allow, ptrdiff_t nk, int nvec, const char *const *rows,
                       ptrdiff_t stride)

@@ -5,7 +5,8 @@
  * For scores, A is K, B is Qt and C is S; to accumulate, A is V transposed, B is P and C is acc. C
  * is [rows][ld] and B is [red][ld], aligned, of vectors. A[r][t], at A + r * a_row + t * a_red, is
  * one real or one pair of bfloat16, at any alignment. A register tile is `rows` rows of up to
- * STRIP vectors of C; rows that are left over are done in tiles of 16, 8, 4, 2 and 1. The sum
+ * STRIP vectors of C; rows that are left over are done in tiles of 16, 8, 4, 2 and 1. Fewer than 4
+ * rows by 2 vectors take as long as 4, so 7 rows are 4 + 3, 8 are 4 + 4, 11 are 4 + 4 + 3. The sum
  * begins at 0, so that its rounding errors do not grow with what C has summed up before. */
 #define ROW_STEP 1
 #define ENTER NULL
@@ -61,10 +62,11 @@ INLINE void strip_product(const int nv, const int most, real *C, const real *B, 
         register_tile(n, nv, C, B, ld, A, a_row, a_red, red, rescale, prefetch);                 \
         C += (n) * ld, A += (n) * a_row, rows -= (n);                                            \
     } while (0)
-    while (rows >= most) TILE(most);
+    while (rows >= most && !(most == 6 && (rows == 7 || rows == 8 || rows == 11))) TILE(most);
     if (most > 16 && rows >= 16) TILE(16);
     if (most > 8 && rows >= 8) TILE(8);
-    if (most > 4 && rows >= 4) TILE(4);
+    while (most > 4 && rows >= 4) TILE(4);
+    if (most == 6 && rows >= 3) TILE(3);
     if (rows >= 2) TILE(2);
     if (rows >= 1) TILE(1);
 #undef TILE

@@ -65,7 +65,6 @@ const qkv_tile_kernels QKV_TABLE = {
     .softcap = softcap,
     .alibi = alibi,
     .bias = bias,
-    .mask_positions = mask_positions,
     .mask_bool = mask_bool,
     .softmax = softmax,
     .statistics = statistics,

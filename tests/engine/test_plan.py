@@ -134,7 +134,7 @@ def test_decode_has_at_most_the_rows_of_a_vector_unless_keys_are_converted() -> 
     plans = describe(problem((1, 4, 1, 8), dense(1, 4, 9, 8)))
     assert plans["max_decode_rows"] == plans["prefill"]["lanes"]
     plans = describe(problem((1, 4, 1, 8), dense(1, 4, 9, 8, dtype=np.float16)))
-    assert plans["max_decode_rows"] == min(32, plans["prefill"]["tile_q"])
+    assert plans["max_decode_rows"] == min(24, plans["prefill"]["tile_q"])
     assert describe(problem((1, 4, 1, 8), dense(1, 4, 9, 8)), 0.0)["decode"] is None
 
 

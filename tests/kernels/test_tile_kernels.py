@@ -267,7 +267,7 @@ def test_alibi(table, rng):
         close(table, out, s - slope.astype(float) * distance / np.log(2))
 
 
-def test_bias_and_positions(table, rng):
+def test_bias(table, rng):
     for nvec in widths(table):
         ld = nvec * table.lanes
         lane = np.arange(ld, dtype=np.uint64)
@@ -284,13 +284,6 @@ def test_bias_and_positions(table, rng):
                 np.testing.assert_array_equal(bits, np.broadcast_to(b > -np.inf, bits.shape))
                 expected = np.where(bits, s + np.where(b > -np.inf, b, 0) / np.log(2), out[:-1])
                 close(table, out, expected)
-            first_key = rng.integers(-1, nk + 1, ld).astype(real(table))
-            last_key = rng.integers(-1, nk + 1, ld).astype(real(table))
-            allow = np.full(nk, 2**64 - 1, np.uint64)
-            table.mask_positions(address(allow), nk, nvec, address(first_key), address(last_key))
-            bits = (allow[:, None] >> lane & np.uint64(1)).astype(bool)
-            k = np.arange(nk)[:, None]
-            np.testing.assert_array_equal(bits, (first_key <= k) & (k <= last_key))
 
 
 def test_nonfinite_values(table, rng):

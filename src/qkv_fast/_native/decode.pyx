@@ -68,6 +68,7 @@ cdef QueryTile *open_tile(const Plan *plan, const HeadView *head) noexcept nogil
     """Return the head's tile with all rows of its group, their queries scaled."""
     cdef QueryTile *tile = place_tile(plan, head, head.number, 0, plan.group * head.q_len)
     cdef Py_ssize_t row_bytes = plan.q_stride * plan.kernels.real_bytes
+    cdef Py_ssize_t keys = min(plan.block_k, head.kv_len)
     cdef int i
     memset(tile.query, 0, tile.count * row_bytes)
     for i in range(tile.count):
@@ -77,7 +78,7 @@ cdef QueryTile *open_tile(const Plan *plan, const HeadView *head) noexcept nogil
                        plan.query_scale)
     memset(tile.acc, 0, tile.count * plan.acc_stride * plan.kernels.real_bytes)
     # The kernels write the lanes of rows alone, and the softmax reads all.
-    memset(tile.scores, 0, plan.block_k * tile.lanes * plan.kernels.real_bytes)
+    memset(tile.scores, 0, keys * tile.lanes * plan.kernels.real_bytes)
     return tile
 
 

@@ -38,8 +38,6 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*softcap)(void *, Py_ssize_t, int, double) noexcept nogil
         void (*alibi)(void *, Py_ssize_t, int, const void *, const void *) noexcept nogil
         void (*bias)(void *, Py_ssize_t, int, const char **, int, uint64_t *) noexcept nogil
-        void (*mask_positions)(uint64_t *, Py_ssize_t, int, const void *,
-                               const void *) noexcept nogil
         void (*mask_bool)(uint64_t *, Py_ssize_t, int, const char **, Py_ssize_t) noexcept nogil
         void (*softmax)(void *, Py_ssize_t, int, const uint64_t *, const qkv_span *, double,
                         void *, void *, void *) noexcept nogil

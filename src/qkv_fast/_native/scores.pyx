@@ -49,6 +49,27 @@ cdef bint mask_may_hide(const Plan *plan, const HeadView *head, int64_t begin,
                 and memchr(head.mask + begin, 0, nk) == NULL)
 
 
+cdef void allow_positions(QueryTile *tile, int64_t begin, Py_ssize_t nk) noexcept nogil:
+    """Fill tile.allow for nk keys from `begin` on by the rows' windows and ranges.
+
+    allow[k] first says which rows' sight begins or ends at key k.
+    """
+    cdef int64_t first, last
+    cdef uint64_t bits = 0, row = 1
+    cdef Py_ssize_t k
+    cdef int i
+    memset(tile.allow, 0, (nk + 1) * sizeof(uint64_t))
+    for i in range(tile.lanes):
+        first = min(max(tile.key_begin[i] - begin, 0), nk)
+        last = min(max(tile.key_end[i] - begin, first), nk)
+        tile.allow[first] ^= row
+        tile.allow[last] ^= row
+        row <<= 1
+    for k in range(nk):
+        bits ^= tile.allow[k]
+        tile.allow[k] = bits
+
+
 cdef uint64_t fill_allow(const Plan *plan, QueryTile *tile, int64_t begin, Py_ssize_t nk,
                          bint masked) noexcept nogil:
     """Fill tile.allow for nk keys from `begin` on; return which rows see any."""
@@ -56,11 +77,10 @@ cdef uint64_t fill_allow(const Plan *plan, QueryTile *tile, int64_t begin, Py_ss
     cdef const char *mask
     cdef Py_ssize_t k
     cdef int i
-    memset(tile.allow, 0xff, nk * sizeof(uint64_t))
     if window_hides(tile, begin, nk):
-        set_relative(plan, tile.first_key, tile.key_begin, begin, -1, nk, tile.lanes)
-        set_relative(plan, tile.last_key, tile.key_end, begin + 1, -1, nk, tile.lanes)
-        plan.kernels.mask_positions(tile.allow, nk, tile.nvec, tile.first_key, tile.last_key)
+        allow_positions(tile, begin, nk)
+    else:
+        memset(tile.allow, 0xff, nk * sizeof(uint64_t))
     if masked and is_shared(&plan.mask):
         mask = tile.mask_rows[0] + begin * plan.mask.col
         for k in range(nk):

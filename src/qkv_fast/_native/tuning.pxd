@@ -50,7 +50,7 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     # (768 inputs, 2304 features on Zen 4 with AVX-512).
     MAX_LINEAR_DECODE_ROWS = 8
     # Decode kernels are not faster than query tiles beyond so many rows (decode.py, --queries).
-    MAX_DECODE_ROWS = 32
+    MAX_DECODE_ROWS = 24
 
 cdef enum:  # decide how fast a call is
     # Decode interleaves the heads of a task where a head's adjacent keys are fewer bytes than this:

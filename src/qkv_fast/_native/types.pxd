@@ -204,14 +204,12 @@ cdef struct QueryTile:
     double rescale[MAX_LANES]
     double weight[MAX_LANES]
     double slope[MAX_LANES]
-    double first_key[MAX_LANES]         # a row's keys relative to a block
-    double last_key[MAX_LANES]
     double relative_position[MAX_LANES]
     double fold_max[MAX_LANES]          # row_max when acc was folded last
     double total_sum[MAX_LANES]
     double sum_error[MAX_LANES]
     qkv_span span[MAX_VECTORS]
-    uint64_t allow[MAX_BLOCK_K]         # bit i of allow[k]: row i sees key k
+    uint64_t allow[MAX_BLOCK_K + 1]     # bit i of allow[k]: row i sees key k
 
 
 cdef inline Py_ssize_t round_up(Py_ssize_t size, Py_ssize_t step=ALIGNMENT) noexcept nogil:
