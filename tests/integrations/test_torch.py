@@ -347,7 +347,7 @@ def test_the_biases_of_torch(engine, name, is_patched):
     bias = getattr(biases, name)(5, 9)
     with patch() if is_patched else contextlib.nullcontext():
         result = sdpa(q, k, v, bias)
-        with pytest.raises(ValueError, match="causal"):
+        with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
             sdpa(q, k, v, bias, is_causal=True)
     torch.testing.assert_close(result, own(q, k, v, lower))
 
@@ -616,6 +616,28 @@ def test_compiled_gradients_are_torchs(dynamo):
     with torch.no_grad():
         compiled(given)
     assert ["qkv_fast" in graph for graph in graphs] == [False, True]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["causal_upper_left", "causal_lower_right"])
+def test_compiled_calls_with_the_biases_of_torch(dynamo, monkeypatch, name, requires_grad):
+    monkeypatch.setattr(adapter, "_warned", {"a tensor requires grad, and grad mode is on"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch.nn.attention.bias as biases
+    q, k, v = r(2, 3, 5, 8, requires_grad=requires_grad), *r(2, 2, 3, 9, 8)
+    bias = getattr(biases, name)(5, 9)
+    compiled, graphs = graphs_of(lambda *given: sdpa(*given) * 1)
+    torch.testing.assert_close(compiled(q, k, v, bias), own(q, k, v, bias._materialize()))
+    assert ["qkv_fast" in graph for graph in graphs] == [not requires_grad]
+
+
+def test_the_biases_of_torch_on_other_devices():
+    import torch.nn.attention.bias as biases
+
+    q, k = r(2, 3, 5, 8, device="meta"), r(2, 3, 9, 8, device="meta")
+    with pytest.warns(RuntimeWarning, match="not on the CPU"):
+        assert sdpa(q, k, k, biases.causal_lower_right(5, 9)).shape == q.shape
 
 
 def test_compiled_under_autocast(dynamo):

@@ -30,6 +30,7 @@ from .. import _dispatch
 __all__ = ["Patch", "patch", "scaled_dot_product_attention"]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_BIASES = "torch.nn.attention.bias"  # not imported: torch itself does not
 _OPERATOR = "qkv_fast::scaled_dot_product_attention"
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
@@ -149,8 +150,8 @@ def _checked(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Compute a call that the shortcut did not recognise, or leave it to torch."""
-    if type(attn_mask).__module__ == "torch.nn.attention.bias":
-        attn_mask, is_causal = _plain_bias(attn_mask, is_causal)
+    if type(attn_mask).__module__ == _BIASES:
+        attn_mask, is_causal = _plain_bias(query, attn_mask, is_causal)
     reason = _why_watched(query, key, value, attn_mask)
     if not reason and _count_modes():
         return _dispatched(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -180,6 +181,8 @@ def _dispatched(
 
     Dynamo traces this function: it and what it calls hold nothing that breaks a graph.
     """
+    if type(attn_mask).__module__ == _BIASES:
+        attn_mask, is_causal = _plain_bias(query, attn_mask, is_causal)
     if _is_autocast("cpu"):
         query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
     reason = _why_not(query, key, value, attn_mask, dropout_p, enable_gqa)
@@ -278,17 +281,19 @@ def _why_not(
     return ""
 
 
-def _plain_bias(bias: Any, is_causal: bool) -> tuple[torch.Tensor | None, bool]:
+def _plain_bias(
+    query: torch.Tensor, bias: Any, is_causal: bool
+) -> tuple[torch.Tensor | None, bool]:
     """Return a CausalBias of torch as attn_mask and is_causal.
 
     Its own code compares with ``torch.nn.functional.scaled_dot_product_attention``, so torch's own
     function does not reach it while `patch` is in force.
     """
     if is_causal:
-        raise ValueError("attn_mask is a CausalBias: is_causal must be False then")
+        raise ValueError("CausalBias should not be used with causal=True")  # as torch does
     if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
         return None, True
-    return bias._materialize(), False
+    return bias._materialize(query.device), False
 
 
 def _is_right_mask(attn_mask: torch.Tensor, dtype: torch.dtype) -> bool:
