@@ -676,6 +676,28 @@ def test_without_the_custom_call_pure_callback_computes(rng, monkeypatch):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), "CANCELLED: KeyboardInterrupt"),
+        (MemoryError("17 GB"), "RESOURCE_EXHAUSTED: 17 GB"),
+        (RuntimeError("naïve"), "INTERNAL: naïve"),
+    ],
+)
+def test_no_exception_passes_through_xla(rng, monkeypatch, error, code):
+    def fail(*_: Any) -> None:
+        raise error
+
+    q, k, v = tensors(rng, shape=(1, 2, 2, 5, 7, 8, 8))
+    attend = jax.jit(lambda *arrays: scaled_dot_product_attention(*arrays))
+    expected = np.asarray(attend(q, k, v))
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_op", fail)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=code):
+            attend(q, k, v).block_until_ready()
+    assert_equal(attend(q, k, v), expected)
+
+
 PROBE = """
 #include <stdio.h>
 #include "xla/ffi/api/c_api.h"

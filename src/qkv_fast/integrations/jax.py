@@ -29,7 +29,7 @@ import numpy as np
 
 import qkv_fast
 
-from .._dtypes import FLOAT64, Array
+from .._dtypes import Array
 from .._options import KeyRanges, Window
 from .._problem.output import output
 from .._problem.problem import Problem
