@@ -133,8 +133,9 @@ def scaled_dot_product_attention(
         parameter that is not called an array above.
     NotImplementedError
         The call is differentiated.
-    jax.errors.JaxRuntimeError
+    jax.errors.JaxRuntimeError, ValueError
         A compiled program meets a number that is out of range, such as a key length beyond Lk.
+        JAX chooses which.
 
     Notes
     -----
