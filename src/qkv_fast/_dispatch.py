@@ -19,8 +19,8 @@ __all__ = ["notify_call_start", "solve"]
 class _Runner(Protocol):
     """Computes a Problem: attention or, by `weights`, what the Problem's `stage` names.
 
-    `linear` computes a layer's product (see _linear.py), `merge` one result from those over parts of
-    the keys (see _merge.py).
+    `linear` computes a layer's product (see _linear.py), `merge` one result from those over parts
+    of the keys (see _merge.py).
     """
 
     def __call__(self, problem: Problem) -> None: ...

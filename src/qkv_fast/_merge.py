@@ -140,28 +140,24 @@ def merge_attention(
     threads = get_num_threads() if num_threads is None else checked(num_threads)
     notify_call_start()
 
-    with np.errstate(all="ignore"):
-        numbers = [np.require(lse.astype(real, copy=False), requirements="A") for lse in lses]
-    if out is None:
-        out = target = np.empty(shape, wanted)
-    else:
+    numbers = [_aligned(lse, real) for lse in lses]
+    target = lse_target = None
+    if out is not None:
         target = checked_out("out", out, shape, wanted, out_code, uint16_is_bf16)
-    if lse_out is None:
-        lse_out = lse_target = np.empty(shape[:-1], real)
-    else:
-        code = FLOAT64 if own == FLOAT64 else FLOAT32
-        lse_target = checked_out("lse_out", lse_out, shape[:-1], real, code, False)
-    if may_change(target, lse_target):
-        raise ValueError("out and lse_out overlap: each must have memory of its own")
+    if lse_out is not None:
+        lse_code = FLOAT64 if own == FLOAT64 else FLOAT32
+        lse_target = checked_out("lse_out", lse_out, shape[:-1], real, lse_code, False)
+        if target is not None and may_change(target, lse_target):
+            raise ValueError("out and lse_out overlap: each must have memory of its own")
     inputs = [*outputs, *numbers]
-    rows = target if _can_be_written_to(target, inputs) else _like(target)
-    is_fit = lse_target.flags.aligned and _can_be_written_to(lse_target, inputs)
-    lse = lse_target if is_fit else _like(lse_target)
+    rows = _rows_to_write(target, inputs, shape, wanted)
+    lse = _rows_to_write(lse_target, inputs, shape[:-1], real)
     _compute(own, outputs, codes, numbers, logits, rows, out_code, lse, threads)
-    for to, written in ((target, rows), (lse_target, lse)):
-        if written is not to:
-            np.copyto(to, written)
-    return out, lse_out
+    if target is not None and rows is not target:
+        np.copyto(target, rows)
+    if lse_target is not None and lse is not lse_target:
+        np.copyto(lse_target, lse)
+    return rows if out is None else out, lse if lse_out is None else lse_out
 
 
 def _compute(own: int, *arguments: Any) -> None:
@@ -169,15 +165,28 @@ def _compute(own: int, *arguments: Any) -> None:
     _dispatch.runner_of(FLOAT64 if own == FLOAT64 else FLOAT32).merge(*arguments)
 
 
-def _can_be_written_to(out: Array, inputs: list[Array]) -> bool:
-    """Return whether an engine may write to `out`, row by row, while it reads the inputs."""
-    return holds_a_result(out) and all(
-        same_memory(out, array) or not may_change(out, array) for array in inputs
-    )
+def _aligned(lse: Array, real: np.dtype[Any]) -> Array:
+    """Return log-sum-exps as aligned reals."""
+    if lse.dtype == real and lse.flags.aligned:
+        return lse
+    with np.errstate(all="ignore"):
+        return lse.astype(real)
 
 
-def _like(target: Array) -> Array:
-    return np.empty(target.shape, target.dtype.newbyteorder("="))
+def _rows_to_write(
+    target: Array | None, inputs: list[Array], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Array:
+    """Return what an engine writes to, row by row, while it reads the inputs.
+
+    That is the caller's memory, or new memory if there is none or the engine can't write to it.
+    """
+    if target is None:
+        return np.empty(shape, dtype)
+    if target.flags.aligned and holds_a_result(target):
+        changed = (x for x in inputs if x is not target and may_change(target, x))
+        if all(same_memory(target, x) for x in changed):
+            return target
+    return np.empty(shape, target.dtype.newbyteorder("="))
 
 
 def _sinks(given: Any, shape: tuple[int, ...]) -> Array:
@@ -201,7 +210,10 @@ def _arrays(name: str, given: Any) -> list[Array]:
         raise TypeError(
             f"{name} is a {type(given).__name__}: it must be a sequence of arrays"
         ) from None
-    return [as_array(f"{name}[{i}]", part) for i, part in enumerate(parts)]
+    return [
+        part if type(part) is np.ndarray else as_array(f"{name}[{i}]", part)
+        for i, part in enumerate(parts)
+    ]
 
 
 def _codes(outputs: list[Array], lses: list[Array], uint16_is_bf16: bool) -> list[int]:

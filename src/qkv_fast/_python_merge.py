@@ -30,7 +30,7 @@ def run(
     with np.errstate(all="ignore"):  # infinities and NaN in the data give what the formula gives
         for at in _blocks(lse.shape, rows):
             result, total = _merge_block(
-                [reals(output[at], code, real) for output, code in zip(outputs, codes, strict=True)],
+                [reals(x[at], code, real) for x, code in zip(outputs, codes, strict=True)],
                 [part[at] for part in lses],
                 None if sinks is None else sinks[at].astype(real),
                 real,

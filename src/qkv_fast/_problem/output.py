@@ -33,9 +33,7 @@ _SMALL = 1 << 28  # bytes of weights up to which the available memory is not loo
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may look at
 
 
-def output(
-    p: Problem, out: Any, return_lse: Any, num_threads: Any, out_dtype: Any = None
-) -> None:
+def output(p: Problem, out: Any, return_lse: Any, num_threads: Any, out_dtype: Any = None) -> None:
     """Set what the engine writes to and what the caller gets, with how many threads."""
     p.num_threads = get_num_threads() if num_threads is None else checked(num_threads)
     wants_lse = return_lse is not False and flag("return_lse", return_lse)
