@@ -409,7 +409,6 @@ class Case:
     arguments: Options
     memories: list[Memory]
     dtype: str = "float32"  # of the result
-    query_dtype: str = ""  # if out_dtype makes it another one than the result's
     wide: bool = False  # whether engines compute it in float64
     truth: Truth | None = None  # None: the call must be refused
     note: str = ""
@@ -417,6 +416,7 @@ class Case:
     allowed: Array | None = None  # bytes of out's memory that the call may change
     threads: int = 2
     target: Callable[..., Any] | None = None  # called instead of the public function
+    query_dtype: str = ""  # if out_dtype makes it another one than the result's
 
     def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
         for memory in self.memories:

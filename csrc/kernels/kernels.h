@@ -174,7 +174,7 @@ QKV_STRUCT(qkv_tile_kernels,
     /* out[0..n) = sum_i weights[i] * parts[i][0..n), in the order of the `count` parts. weights are
      * reals, parts hold elements of any `type` that real can represent, out of `out_type`: real or,
      * if that is float, a 16-bit type to which the sums are rounded. out may be one of the parts.
-     * An element's sum does not depend on where it stands. */
+     * An element's sum does not depend on where it stands; one of zeros, or of no part, is +0. */
     void (*merge_rows)(char *out, int out_type, const char *const *parts, const void *weights,
                        ptrdiff_t count, ptrdiff_t n, int type);
 

@@ -3,8 +3,9 @@
  *     merge_rows  out[0..n) = sum_i weights[i] * parts[i][0..n), in the order of the parts
  *
  * Rows have any alignment and unit stride. An element's sum is the same wherever it stands in its
- * row. The last n % LANES elements go through buffers on the stack. A strip is loaded from all
- * parts before it is stored, so `out` may be one of them. */
+ * row, and it begins with +0, so a sum of zeros is +0. The last n % LANES elements go through
+ * buffers on the stack. A strip is loaded from all parts before it is stored, so `out` may be one
+ * of them. */
 #define MERGE_STRIP 4 /* vectors */
 
 INLINE void store_lanes(char *p, vec x, const int type)
@@ -30,11 +31,9 @@ INLINE void merge_type(char *out, int out_type, const char *const *parts, const 
     ptrdiff_t d = 0;
     for (; d + MERGE_STRIP * LANES <= n; d += MERGE_STRIP * LANES) {
         vec sum[MERGE_STRIP];
-        vec w = v_set1(weights[0]);
-        UNROLL for (int v = 0; v < MERGE_STRIP; v++)
-            sum[v] = v_mul(w, load_lanes(parts[0] + (d + v * LANES) * bytes, type));
-        for (ptrdiff_t i = 1; i < count; i++) {
-            w = v_set1(weights[i]);
+        UNROLL for (int v = 0; v < MERGE_STRIP; v++) sum[v] = v_set1(0);
+        for (ptrdiff_t i = 0; i < count; i++) {
+            const vec w = v_set1(weights[i]);
             UNROLL for (int v = 0; v < MERGE_STRIP; v++)
                 sum[v] = v_fma(w, load_lanes(parts[i] + (d + v * LANES) * bytes, type), sum[v]);
         }
@@ -43,8 +42,8 @@ INLINE void merge_type(char *out, int out_type, const char *const *parts, const 
     }
     for (; d < n; d += LANES) {
         const ptrdiff_t live = n - d < LANES ? n - d : LANES;
-        vec sum = v_mul(v_set1(weights[0]), load_first_lanes(parts[0] + d * bytes, live, type));
-        for (ptrdiff_t i = 1; i < count; i++)
+        vec sum = v_set1(0);
+        for (ptrdiff_t i = 0; i < count; i++)
             sum = v_fma(v_set1(weights[i]), load_first_lanes(parts[i] + d * bytes, live, type),
                         sum);
         char row_end[sizeof(vec)];
@@ -56,10 +55,6 @@ INLINE void merge_type(char *out, int out_type, const char *const *parts, const 
 static void merge_rows(char *out, int out_type, const char *const *parts, const void *weights,
                        ptrdiff_t count, ptrdiff_t n, int type)
 {
-    if (count == 0) { /* zero is the same in all types */
-        memset(out, 0, (size_t)(n * BYTES_OF(out_type)));
-        return;
-    }
 #if REAL_BITS == 32
     if (type == QKV_FLOAT16) {
         merge_type(out, out_type, parts, weights, count, n, QKV_FLOAT16);

@@ -166,6 +166,13 @@ def test_sinks_that_are_not_finite(engine):
     assert (total == -np.inf).all()
 
 
+def test_a_mean_of_zeros_is_positive(engine):
+    for count in (1, 2):
+        outputs = [np.full((3, 70), -0.0, np.float32)] * count
+        merged, _ = merge_attention(outputs, [np.zeros(3, np.float32)] * count)
+        assert not np.signbit(merged).any()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(engine, value):
     """They reach the rows whose weight for them is not 0, and these alone."""

@@ -17,7 +17,7 @@ from libc.string cimport memset
 from .kernels cimport QKV_BFLOAT16, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64
 from .rows cimport read_row, round_row
 from .tuning cimport MERGE_COLUMNS, MERGE_TASK, MERGE_WORK
-from .types cimport get_real, round_up, set_real, size_of
+from .types cimport real, round_up, size_of
 
 cnp.import_array()
 
@@ -171,25 +171,24 @@ cdef void lay_out_scratch(const MergeCall *call, char *at, MergeScratch *scratch
     scratch.copies = at + round_up(MERGE_COLUMNS * call.kernels.real_bytes)
 
 
-cdef double weigh_parts(const MergeCall *call, MergeScratch *scratch) noexcept nogil:
+cdef double weigh_parts(const MergeCall *call, MergeScratch *scratch, const real **lses,
+                        real *lse) noexcept nogil:
     """Set a row's weights and write its lse; return the factor that makes them shares of all."""
-    cdef int real_bytes = call.kernels.real_bytes
-    cdef char **lses = scratch.rows + call.parts
     cdef double top = -INFINITY, total = 0, x, sink, highest
+    cdef real weight
     cdef Py_ssize_t i
     for i in range(call.parts):
-        x = get_real(lses[i], 0, real_bytes)
+        x = lses[i][0]
         if x > top or x != x:
             top = x                     # NaN stays, since nothing is greater
     if top == -INFINITY:
         top = 0
     for i in range(call.parts):
-        x = get_real(lses[i], 0, real_bytes) - top
-        x = 1 if x == 0 else exp(x)
-        set_real(&scratch.weights[i], 0, real_bytes, x)     # a weight is 0 if its real is
-        scratch.weights[i] = get_real(&scratch.weights[i], 0, real_bytes)
-        total += scratch.weights[i]
-    set_real(scratch.rows[2 * call.parts + 1], 0, real_bytes, top + log(total))
+        x = lses[i][0] - top
+        weight = <real>1 if x == 0 else <real>exp(x)    # a weight is 0 if it is as a real
+        scratch.weights[i] = weight
+        total += weight
+    lse[0] = <real>(top + log(total))
     if call.arrays[2 * call.parts + 2].data == NULL:
         return 1 / total
     sink = (<const double *>scratch.rows[2 * call.parts + 2])[0]
@@ -198,6 +197,18 @@ cdef double weigh_parts(const MergeCall *call, MergeScratch *scratch) noexcept n
     highest = sink if sink > top else top
     x = exp(top - highest)
     return x / (total * x + exp(sink - highest))
+
+
+cdef Py_ssize_t use_parts(const MergeCall *call, MergeScratch *scratch, double factor,
+                          real *factors) noexcept nogil:
+    """List the rows whose weight is not 0, and their shares; return how many."""
+    cdef Py_ssize_t i, used = 0
+    for i in range(call.parts):
+        if scratch.weights[i] != 0:
+            factors[used] = <real>(scratch.weights[i] * factor)
+            scratch.used[used] = scratch.rows[i]
+            used += 1
+    return used
 
 
 cdef void merge_columns(const MergeCall *call, const MergeScratch *scratch, Py_ssize_t used,
@@ -232,14 +243,16 @@ cdef void merge_columns(const MergeCall *call, const MergeScratch *scratch, Py_s
 
 cdef void merge_row(const MergeCall *call, MergeScratch *scratch) noexcept nogil:
     """Merge the row that scratch.rows points at."""
-    cdef double factor = weigh_parts(call, scratch)
-    cdef Py_ssize_t i, used = 0
-    for i in range(call.parts):
-        if scratch.weights[i] != 0:
-            set_real(scratch.factors, <int>used, call.kernels.real_bytes,
-                     scratch.weights[i] * factor)
-            scratch.used[used] = scratch.rows[i]
-            used += 1
+    cdef char **lses = scratch.rows + call.parts
+    cdef char *lse = lses[call.parts + 1]
+    cdef double factor
+    cdef Py_ssize_t i, used
+    if call.kernels.real_bytes == 4:
+        factor = weigh_parts(call, scratch, <const float **>lses, <float *>lse)
+        used = use_parts(call, scratch, factor, <float *>scratch.factors)
+    else:
+        factor = weigh_parts(call, scratch, <const double **>lses, <double *>lse)
+        used = use_parts(call, scratch, factor, <double *>scratch.factors)
     if not (call.converts_parts or call.converts_out):
         call.kernels.merge_rows(scratch.rows[2 * call.parts], call.arrays[2 * call.parts].type,
                                 scratch.used, scratch.factors, used, call.v_dim,
