@@ -96,7 +96,8 @@ cdef enum:  # decide how fast a call is
     LINEAR_BLOCK = 64
     LINEAR_TILES = 4
     LINEAR_TASKS_PER_THREAD = 2
-    # Merging: multiply-adds that take as long as to merge an element of a part, elements of all
+    # Merging: multiply-adds that take as long as to merge an element of a part (two threads are
+    # faster from 2^16 elements on: 21 us instead of 30 on two cores of Zen 4), elements of all
     # parts in a task, and elements of a row that are converted at a time.
     MERGE_WORK = 8
     MERGE_TASK = 1 << 18
