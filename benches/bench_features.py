@@ -1,8 +1,9 @@
 """Time calls with masks and score modifiers, to compare with a plain call of the same shape.
 
-`python benches/bench_features.py` prints a table instead: the time of calls with key_ranges, beside
-the share of the scores that they leave, and of calls with a bias, each over that of a plain call.
-It counts the CPU time of one thread, so that other load on the machine matters little.
+`python benches/bench_features.py` prints tables instead: the time of calls with key_ranges, beside
+the share of the scores that they leave, and of calls with a bias, each over that of a plain call;
+and the time of merge_attention beside that of NumPy. It counts the CPU time of one thread, so that
+other load on the machine matters little.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qkv_fast import scaled_dot_product_attention
+from qkv_fast import merge_attention, scaled_dot_product_attention
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 8, 1024, 64
 RNG = np.random.default_rng(0)
@@ -70,6 +71,43 @@ def bench_feature(benchmark, name):
     benchmark(scaled_dot_product_attention, q, k, v, out=out, **options)
 
 
+# --- Merging --------------------------------------------------------------------------------------
+
+MERGED = {
+    "1,32,1,128": (1, 32, 1, 128),  # a token
+    "1,12,128,64": (1, 12, 128, 64),
+    "1,12,4096,64": (1, 12, 4096, 64),
+    "1,32,4096,128": (1, 32, 4096, 128),
+}
+
+
+def in_numpy(outputs: list[np.ndarray], lses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Merge as merge_attention does, by the formula."""
+    m = np.maximum.reduce(lses)
+    weights = [np.exp(lse - m) for lse in lses]
+    total = sum(weights)
+    acc = sum(w[..., np.newaxis] * x for w, x in zip(weights, outputs, strict=True))
+    return acc / total[..., np.newaxis], m + np.log(total)
+
+
+def parts(shape: tuple[int, ...], count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    outputs = RNG.standard_normal((count, *shape), np.float32)
+    return list(outputs), list(RNG.standard_normal((count, *shape[:-1]), np.float32))
+
+
+@pytest.mark.benchmark(group="merging")
+@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("how", ["numpy", "native", "in place"])
+def bench_merge(benchmark, name, how):
+    outputs, lses = parts(MERGED[name], 2)
+    if how == "numpy":
+        benchmark(in_numpy, outputs, lses)
+    elif how == "native":
+        benchmark(merge_attention, outputs, lses)
+    else:
+        benchmark(merge_attention, outputs, lses, out=outputs[0], lse_out=lses[0])
+
+
 # --- Ratios ---------------------------------------------------------------------------------------
 
 
@@ -111,6 +149,32 @@ def main() -> None:
         "the bias as a floating mask": {"attn_mask": bias},
     }.items():
         print(f"| {name} | {ratio(attend(shape, **options), attend(shape)):.3f} |")
+    print_merging()
+
+
+def print_merging() -> None:
+    """Print the times of merge_attention on one thread, and NumPy's over them."""
+    print("\n| merging, float32 | parts | us | GB/s | NumPy over it | over it in place |")
+    print("|---|---|---|---|---|---|")
+    for name, shape in MERGED.items():
+        for count in (2, 8):
+            outputs, lses = parts(shape, count)
+            out, lse = np.empty_like(outputs[0]), np.empty_like(lses[0])
+
+            def new(outputs=outputs, lses=lses, out=out, lse=lse):
+                merge_attention(outputs, lses, out=out, lse_out=lse, num_threads=1)
+
+            def in_place(outputs=outputs, lses=lses):
+                lse = lses[0]
+                merge_attention(outputs, lses, out=outputs[0], lse_out=lse, num_threads=1)
+
+            def plain(outputs=outputs, lses=lses):
+                in_numpy(outputs, lses)
+
+            seconds = statistics.median(cpu_seconds(new) for _ in range(15))
+            rate = (count + 1) * outputs[0].nbytes / seconds / 1e9
+            ratios = f"{ratio(plain, new):.1f} | {ratio(plain, in_place):.1f}"
+            print(f"| {name} | {count} | {1e6 * seconds:.0f} | {rate:.1f} | {ratios} |")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,13 @@ QKV_STRUCT(qkv_tile_kernels,
     /* dst[0..n) = row[0..n): n floats rounded to a 16-bit type. NULL: real is double. */
     void (*narrow)(char *dst, const void *row, ptrdiff_t n, int type);
 
+    /* out[0..n) = sum_i weights[i] * parts[i][0..n), in the order of the `count` parts. weights are
+     * reals, parts hold elements of any `type` that real can represent, out of `out_type`: real or,
+     * if that is float, a 16-bit type to which the sums are rounded. out may be one of the parts.
+     * An element's sum does not depend on where it stands; one of zeros, or of no part, is +0. */
+    void (*merge_rows)(char *out, int out_type, const char *const *parts, const void *weights,
+                       ptrdiff_t count, ptrdiff_t n, int type);
+
     /* Runs n rounds of multiply-adds in registers, fma_chain_flop operations each: the speed limit
      * that benchmarks compare with. */
     double (*fma_chain)(ptrdiff_t n);

@@ -47,6 +47,7 @@
 #include "statistics_tmpl.h"
 #include "rows_tmpl.h"
 #include "fold_tmpl.h"
+#include "merge_tmpl.h"
 
 const qkv_tile_kernels QKV_TABLE = {
     .isa = QKV_ISA,
@@ -79,6 +80,7 @@ const qkv_tile_kernels QKV_TABLE = {
     .decode_accumulate = DECODE_ACCUMULATE,
     .widen = WIDEN,
     .narrow = NARROW,
+    .merge_rows = merge_rows,
     .fma_chain = fma_chain,
     .fma_chain_flop = FMA_CHAIN_FLOP,
 };

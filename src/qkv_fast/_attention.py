@@ -84,6 +84,7 @@ def scaled_dot_product_attention(
     return_lse: bool = False,
     num_threads: int | None = None,
     dtype: Any = None,
+    out_dtype: Any = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute ``softmax(query @ key.T * scale + bias) @ value`` for every head.
 
@@ -148,12 +149,16 @@ def scaled_dot_product_attention(
         Take uint16 arrays as the bit patterns of bfloat16, for which NumPy alone has no type, and
         return the result as one. Arrays of ``ml_dtypes`` and tensors are known to be bfloat16
         without it.
+    out_dtype : "float32", optional
+        The result's type where `query` is float16 or bfloat16: its rows are written as they were
+        summed, not rounded to 16 bits, as partial results for `merge_attention` should be. Query's
+        own type means what None does. `out` must have that type.
 
     Returns
     -------
     result : ndarray, shape (..., Hq, Lq, Dv)
-        `out`, or a new array of query's dtype in native byte order, laid out in memory like query
-        (order 'K'). For a bfloat16 tensor it holds the bit patterns, in uint16:
+        `out`, or a new array of query's dtype, or of `out_dtype`, in native byte order, laid out in
+        memory like query (order 'K'). For a bfloat16 tensor it holds the bit patterns, in uint16:
         ``torch.from_numpy(result).view(torch.bfloat16)`` is their tensor, without a copy.
     lse : ndarray, shape (..., Hq, Lq)
         With `return_lse`: the natural log-sum-exp of each row's modified scores over the keys that
@@ -222,7 +227,7 @@ def scaled_dot_product_attention(
     answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset, window,
         softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths, out, return_lse,
-        num_threads, dtype)  # fmt: skip
+        num_threads, dtype, out_dtype)  # fmt: skip
     if answer is not None:
         return answer
     notify_call_start()
@@ -236,5 +241,5 @@ def scaled_dot_product_attention(
             key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
-    output(p, out, return_lse, num_threads)
+    output(p, out, return_lse, num_threads, out_dtype)
     return solve(p)

@@ -19,7 +19,8 @@ __all__ = ["notify_call_start", "solve"]
 class _Runner(Protocol):
     """Computes a Problem: attention or, by `weights`, what the Problem's `stage` names.
 
-    `linear` computes a layer's product (see _linear.py).
+    `linear` computes a layer's product (see _linear.py), `merge` one result from those over parts
+    of the keys (see _merge.py).
     """
 
     def __call__(self, problem: Problem) -> None: ...
@@ -30,16 +31,29 @@ class _Runner(Protocol):
         self, x: Array, weight: Array, code: int, bias: Array | None, out: Array, num_threads: int
     ) -> None: ...
 
+    def merge(
+        self,
+        outputs: list[Array],
+        codes: list[int],
+        lses: list[Array],
+        sinks: Array | None,
+        out: Array,
+        out_code: int,
+        lse: Array,
+        num_threads: int,
+    ) -> None: ...
+
 
 class _PythonRunner:
     """Run the Python engine, which is imported when the first one is made."""
 
     def __init__(self) -> None:
-        from . import _linear, _python_engine, _python_weights
+        from . import _linear, _python_engine, _python_merge, _python_weights
 
         self.run = _python_engine.run
         self.weights = _python_weights.run
         self.linear = _linear.python_linear
+        self.merge = _python_merge.run
 
     def __call__(self, problem: Problem) -> None:
         self.run(problem)

@@ -330,6 +330,7 @@ class KVCache:
         out: Any = None,
         return_lse: bool = False,
         num_threads: int | None = None,
+        out_dtype: Any = None,
     ) -> Array | tuple[Array, Array]:
         """Compute attention of the last tokens over all that are cached.
 
@@ -348,7 +349,7 @@ class KVCache:
             Floating: added to the scores, beside an `attn_mask`.
         is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges
             As in `scaled_dot_product_attention`. A cache's own window bounds `window`.
-        out, return_lse, num_threads
+        out, return_lse, num_threads, out_dtype
             Likewise.
         sequences : ints, optional
             The sequences that query's first axis stands for; all by default, in order.
@@ -356,7 +357,8 @@ class KVCache:
         Returns
         -------
         result : ndarray, shape (batch, Hq, Lq, Dv)
-            `out`, or a new array of query's dtype; bit patterns in uint16 for a bfloat16 tensor.
+            `out`, or a new array of query's dtype, or of `out_dtype`; bit patterns in uint16 for a
+            bfloat16 tensor.
         lse : ndarray, shape (batch, Hq, Lq)
             With `return_lse`.
         """
@@ -366,7 +368,7 @@ class KVCache:
             answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_cache(
                 query, pool.keys, pool.values, pool.key_scales, pool.value_scales, table, lengths,
                 attn_mask, is_causal, scale, window, softcap, alibi_slopes, sinks, attn_bias,
-                key_ranges, out, return_lse, num_threads)  # fmt: skip
+                key_ranges, out, return_lse, num_threads, out_dtype)  # fmt: skip
             if answer is not None:
                 return answer
         notify_call_start()
@@ -388,7 +390,7 @@ class KVCache:
             mask(p, attn_mask)
         scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks, attn_bias,
                 key_ranges)  # fmt: skip
-        output(p, out, return_lse, num_threads)
+        output(p, out, return_lse, num_threads, out_dtype)
         return solve(p)
 
     def extend(self, counts: Ints, *, sequences: Any = None) -> None:

@@ -23,6 +23,7 @@ class Options(TypedDict, total=False):
     key_ranges: KeyRanges | None
     out: Any
     num_threads: int | None
+    out_dtype: Any
 
 
 class DenseOptions(Options, total=False):

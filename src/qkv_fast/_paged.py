@@ -89,6 +89,7 @@ def paged_attention(
     return_lse: bool = False,
     num_threads: int | None = None,
     dtype: Any = None,
+    out_dtype: Any = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute attention where each sequence's keys and values are spread over pages.
 
@@ -111,7 +112,8 @@ def paged_attention(
         Boolean: True where the query may attend to the key. Floating: added to the scores.
     attn_bias : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
         Floating: added to the scores, beside an `attn_mask`.
-    is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges, return_lse, num_threads
+    is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges, return_lse, num_threads, \
+    out_dtype
         As in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.
@@ -130,8 +132,8 @@ def paged_attention(
     Returns
     -------
     result : ndarray, shape (batch, Hq, Lq, Dv)
-        `out`, or a new array of query's dtype in native byte order; for a bfloat16 tensor, its bit
-        patterns in uint16.
+        `out`, or a new array of query's dtype, or of `out_dtype`, in native byte order; for a
+        bfloat16 tensor, its bit patterns in uint16.
     lse : ndarray, shape (batch, Hq, Lq)
         With `return_lse`: natural log-sum-exp; float32, or float64 where any input is.
 
@@ -165,7 +167,7 @@ def paged_attention(
     answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_pages(
         query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal, scale,
         enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges,
-        key_scales, value_scales, out, return_lse, num_threads, dtype)  # fmt: skip
+        key_scales, value_scales, out, return_lse, num_threads, dtype, out_dtype)  # fmt: skip
     if answer is not None:
         return answer
     notify_call_start()
@@ -176,6 +178,6 @@ def paged_attention(
         mask(p, attn_mask)
     scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
             key_ranges)  # fmt: skip
-    output(p, out, return_lse, num_threads)
+    output(p, out, return_lse, num_threads, out_dtype)
     check_pages(p)
     return solve(p)

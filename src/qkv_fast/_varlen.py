@@ -84,6 +84,7 @@ def varlen_attention(
     return_lse: bool = False,
     num_threads: int | None = None,
     dtype: Any = None,
+    out_dtype: Any = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute attention within each of several sequences that are packed one after another.
 
@@ -103,7 +104,7 @@ def varlen_attention(
         ``query[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``.
     cu_seqlens_k : ints, shape (sequences + 1,), optional
         Likewise for key and value; `cu_seqlens_q` by default.
-    is_causal, scale, window, softcap, sinks, return_lse, num_threads, dtype
+    is_causal, scale, window, softcap, sinks, return_lse, num_threads, dtype, out_dtype
         As in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.
@@ -130,8 +131,8 @@ def varlen_attention(
     Returns
     -------
     result : ndarray, shape (total_q, Hq, Dv)
-        `out`, or a new array of query's dtype in native byte order; for a bfloat16 tensor, its bit
-        patterns in uint16.
+        `out`, or a new array of query's dtype, or of `out_dtype`, in native byte order; for a
+        bfloat16 tensor, its bit patterns in uint16.
     lse : ndarray, shape (total_q, Hq)
         With `return_lse`: natural log-sum-exp; float32, or float64 for float64.
 
@@ -167,5 +168,5 @@ def varlen_attention(
             key_ranges)  # fmt: skip
     if key_lengths is not None:
         limit_keys(p, key_lengths)
-    output(p, out, return_lse, num_threads)
+    output(p, out, return_lse, num_threads, out_dtype)
     return solve(p)

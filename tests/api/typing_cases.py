@@ -35,6 +35,10 @@ assert_type(cache.attend(x), Array)
 assert_type(cache.attend(x, None, True, sequences=[0], num_threads=1), Array)
 assert_type(cache.attend(x, return_lse=True), Both)
 
+assert_type(sdpa(x, x, x, out_dtype="float32"), Array)
+assert_type(cache.attend(x, out_dtype="float32", return_lse=True), Both)
+assert_type(qkv_fast.merge_attention([x], [x], sinks=[0.0], out=x, lse_out=x), Both)
+
 either = bool(x.any())  # known only at run time
 assert_type(sdpa(x, x, x, return_lse=either), Array | Both)
 assert_type(cache.attend(x, return_lse=either), Array | Both)
@@ -42,4 +46,5 @@ assert_type(cache.attend(x, return_lse=either), Array | Both)
 sdpa(x, x, x, softcap="20")  # type: ignore[call-overload]
 sdpa(x, x, x, soft_cap=20.0)  # type: ignore[call-overload]
 sdpa(x, x, x, key_ranges=3)  # type: ignore[call-overload]
+qkv_fast.merge_attention([x], [x], num_threads="2")  # type: ignore[arg-type]
 cache.attend(x, query_offset=1)  # type: ignore[call-overload]

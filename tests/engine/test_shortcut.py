@@ -121,6 +121,7 @@ def test_calls_that_are_left_to_the_stages(engine, rng):
         ((q, k, v), {"key_ranges": (1, 6)}),
         ((q, k, v), {"key_ranges": (None, None)}),
         ((q, k, v), {"key_lengths": 4}),
+        ((q, k, v), {"out_dtype": "float32"}),
         ((q, k, v, m.view(np.memmap)), {}),
     ):
         assert not both_ways(*arguments, **options)

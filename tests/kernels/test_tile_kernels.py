@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -382,6 +384,32 @@ def test_widen_and_narrow(kind, rng):
             np.testing.assert_array_equal(
                 back[:n].view(dtype).astype(np.float32), expected.astype(np.float32)
             )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_merge_rows(table, rng, count):
+    dtypes = {FLOAT32: np.dtype("f4"), FLOAT16: np.dtype("f2"), BFLOAT16: BF16}
+    if table.real_bytes == 8:
+        dtypes = {FLOAT64: np.dtype("f8")}
+    for (kind, dtype), (out_kind, out_dtype) in itertools.product(dtypes.items(), repeat=2):
+        for n in [*SIZES, 65, 127, 200]:
+            parts = rng.standard_normal((count, n)).astype(dtype)
+            weights = rng.random(count).astype(real(table))
+            expected = (weights[:, np.newaxis] * parts.astype(float)).sum(0)
+            out = np.full(n + 1, 77, out_dtype)
+            rows = pointers(parts)
+            table.merge_rows(
+                address(out), out_kind, address(rows), address(weights), count, n, kind
+            )
+            assert out[n] == 77
+            eps = float(ml_dtypes.finfo(out_dtype).eps)
+            got = out[:n].astype(float)
+            np.testing.assert_allclose(got, expected, rtol=2 * eps, atol=4 * eps)
+            if count and kind == out_kind:  # into a part, the same bits
+                last = parts[-1]
+                table.merge_rows(address(last), kind, address(rows), address(weights), count, n,
+                                 kind)  # fmt: skip
+                assert last.tobytes() == out[:n].tobytes()
 
 
 # --- The tables whose inputs are pairs of bfloat16 ------------------------------------------

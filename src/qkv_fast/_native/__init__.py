@@ -12,6 +12,7 @@ Each module stands below those that import it:
         decode      few query rows: splits of the keys, heads interleaved
         weights     the weights or scores themselves: prefill's tiles, written out
         linear      the products around attention, by the kernels of scores
+        merge       results over parts of the keys into that over all of them
         statistics  sums of the weights over queries or keys: prefill's tiles, never written out
           query_tile      the rows of a tile of queries
           scores          visibility and score modifiers

@@ -9,6 +9,7 @@ from libc.string cimport memset
 from .isa cimport index_of, table_of
 from .kernels cimport QKV_FLOAT32, QKV_FLOAT64, qkv_tile_kernels
 from .linear cimport LinearCall, pad_rows, plan_linear, run_linear_task, view_linear
+from .merge cimport MergeCall, measure_merge, plan_merge, run_merge_task, view_parts, views_bytes
 from .parallel cimport begin_call, end_call, raise_pending, run_tasks, task_function
 from .plan cimport (
     choose_decode_tasks, choose_max_decode_rows, choose_prefill_tasks, is_in_place, lay_out_decode,
@@ -305,6 +306,32 @@ cdef class Runner:
         threads = begin_call(call.work, num_threads)
         try:
             multiply(&call, threads)
+        finally:
+            end_call()
+
+    def merge(self, list outputs, list codes, list lses, sinks, out, int out_code, lse,
+              int num_threads):
+        """Merge parts of a result into `out` and `lse`; see merge.pyx, and _merge.py for shapes."""
+        cdef MergeCall call
+        cdef Arena arena
+        cdef Py_ssize_t tasks
+        cdef int threads
+        memset(&call, 0, sizeof(MergeCall))
+        measure_merge(&call, self.decode, outputs)
+        if call.rows == 0:
+            return
+        threads = begin_call(call.work, min(<Py_ssize_t>num_threads, call.rows))
+        try:
+            tasks = plan_merge(&call, threads)
+            arena = take_arena(<size_t>threads * call.scratch_bytes + views_bytes(&call))
+            call.scratch = arena.aligned()
+            view_parts(&call, call.scratch + threads * call.scratch_bytes, outputs, codes, lses,
+                       out, out_code, lse, sinks)
+            with nogil:
+                run_tasks(run_merge_task, &call, tasks, threads, &call.interrupt, NULL,
+                          call.work < SHORT_WORK)
+            keep_arena(arena)
+            raise_pending(&call.interrupt)
         finally:
             end_call()
 

@@ -61,6 +61,8 @@ cdef extern from "kernels/kernels.h" nogil:
                                   int) noexcept nogil
         void (*widen)(void *, const char *, Py_ssize_t, int) noexcept nogil
         void (*narrow)(char *, const void *, Py_ssize_t, int) noexcept nogil
+        void (*merge_rows)(char *, int, const char **, const void *, Py_ssize_t, Py_ssize_t,
+                           int) noexcept nogil
         double (*fma_chain)(Py_ssize_t) noexcept nogil
         int fma_chain_flop
 

@@ -1,8 +1,12 @@
 from libc.stdint cimport int64_t
 
-from .kernels cimport qkv_prefetch_rows
+from .kernels cimport qkv_prefetch_rows, qkv_tile_kernels
 from .types cimport HeadRows, HeadView, KVBlock, Plan, QueryTile, TensorView
 
+cdef void read_row(const qkv_tile_kernels *kernels, void *row, const char *source,
+                   Py_ssize_t length, Py_ssize_t stride, int type) noexcept nogil
+cdef void round_row(const qkv_tile_kernels *kernels, char *target, const void *row,
+                    Py_ssize_t length, Py_ssize_t stride, int type) noexcept nogil
 cdef void read_reals(const Plan *plan, void *row, const TensorView *view, const char *source,
                      Py_ssize_t length) noexcept nogil
 cdef void write_row(const Plan *plan, char *target, const void *row) noexcept nogil

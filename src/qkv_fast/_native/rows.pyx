@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 
 from .kernels cimport (
     QKV_BFLOAT16, QKV_FLOAT16, QKV_INT8, qkv_copy_row16, qkv_prefetch_rows, qkv_read_row,
-    qkv_write_row, qkv_zero_nonfinite,
+    qkv_tile_kernels, qkv_write_row, qkv_zero_nonfinite,
 )
 from .tuning cimport ALIGNMENT, PREFETCH_DISTANCE
 from .types cimport HeadRows, HeadView, KVBlock, Plan, QueryTile, TensorView, size_of
@@ -20,15 +20,30 @@ cdef extern from *:
 
 # --- One row ------------------------------------------------------------------------------------
 
+cdef void read_row(const qkv_tile_kernels *kernels, void *row, const char *source,
+                   Py_ssize_t length, Py_ssize_t stride, int type) noexcept nogil:
+    """Copy elements of the caller's, `stride` bytes apart, to reals."""
+    if kernels.widen != NULL and (stride == 2 and (type == QKV_FLOAT16 or type == QKV_BFLOAT16)
+                                  or stride == 1 and type == QKV_INT8):
+        kernels.widen(row, source, length, type)
+    else:
+        qkv_read_row(row, kernels.real_bytes, source, length, stride, type)
+
+
+cdef void round_row(const qkv_tile_kernels *kernels, char *target, const void *row,
+                    Py_ssize_t length, Py_ssize_t stride, int type) noexcept nogil:
+    """Copy reals to elements of the caller's, `stride` bytes apart."""
+    if (kernels.narrow != NULL and stride == 2
+            and (type == QKV_FLOAT16 or type == QKV_BFLOAT16)):
+        kernels.narrow(target, row, length, type)
+    else:
+        qkv_write_row(target, row, kernels.real_bytes, length, stride, type)
+
+
 cdef void read_reals(const Plan *plan, void *row, const TensorView *view, const char *source,
                      Py_ssize_t length) noexcept nogil:
     """Copy a row of the caller's to reals."""
-    if plan.kernels.widen != NULL and (
-            view.col == 2 and (view.type == QKV_FLOAT16 or view.type == QKV_BFLOAT16)
-            or view.col == 1 and view.type == QKV_INT8):
-        plan.kernels.widen(row, source, length, view.type)
-    else:
-        qkv_read_row(row, plan.kernels.real_bytes, source, length, view.col, view.type)
+    read_row(plan.kernels, row, source, length, view.col, view.type)
 
 
 cdef void read_inputs(const Plan *plan, char *row, const TensorView *view, const char *source,
@@ -45,11 +60,8 @@ cdef void write_row(const Plan *plan, char *target, const void *row) noexcept no
     cdef const TensorView *out = &plan.out
     if out.contiguous:
         memcpy(target, row, plan.v_dim * plan.kernels.real_bytes)
-    elif (plan.kernels.narrow != NULL and out.col == 2
-          and (out.type == QKV_FLOAT16 or out.type == QKV_BFLOAT16)):
-        plan.kernels.narrow(target, row, plan.v_dim, out.type)
     else:
-        qkv_write_row(target, row, plan.kernels.real_bytes, plan.v_dim, out.col, out.type)
+        round_row(plan.kernels, target, row, plan.v_dim, out.col, out.type)
 
 
 cdef void gather_queries(const Plan *plan, const HeadView *head, QueryTile *tile) noexcept nogil:

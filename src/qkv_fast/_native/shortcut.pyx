@@ -271,14 +271,14 @@ cdef bint compute(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, cnp.nda
 
 def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset,
            window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths, out,
-           return_lse, num_threads, dtype):
+           return_lse, num_threads, dtype, out_dtype):
     """Return the answer of scaled_dot_product_attention; None if its stages have to look."""
     cdef bint uint16_is_bf16 = dtype is not None
     cdef cnp.ndarray q, k, v, mask, rows, lse = None
     cdef int code, key_code, value_code, mask_code, out_code
     if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
                       key_ranges)
-            and key_lengths is None and is_bool(enable_gqa)
+            and key_lengths is None and out_dtype is None and is_bool(enable_gqa)
             and type(dropout_p) is float and dropout_p == 0.0
             and type(query_offset) is int and -MAX_OFFSET <= query_offset <= MAX_OFFSET
             and (not uint16_is_bf16 or type(dtype) is str and dtype == "bfloat16")):

@@ -176,12 +176,13 @@ cdef object attend(query, key, value, key_scales, value_scales, cnp.ndarray tabl
 
 def attend_pages(query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal,
                  scale, enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
-                 key_ranges, key_scales, value_scales, out, return_lse, num_threads, dtype):
+                 key_ranges, key_scales, value_scales, out, return_lse, num_threads, dtype,
+                 out_dtype):
     """Return the answer of paged_attention; None if its stages have to look."""
     cdef cnp.ndarray table, lengths
     if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
                       key_ranges)
-            and is_bool(enable_gqa) and query_offset is None
+            and is_bool(enable_gqa) and query_offset is None and out_dtype is None
             and (dtype is None or type(dtype) is str and dtype == "bfloat16")):
         return None
     # A copy, since another thread may write to the caller's lengths after they are checked.
@@ -198,10 +199,11 @@ def attend_pages(query, key_pages, value_pages, block_table, key_lengths, attn_m
 def attend_cache(query, cnp.ndarray key, cnp.ndarray value, cnp.ndarray key_scales,
                  cnp.ndarray value_scales, cnp.ndarray table, cnp.ndarray lengths, attn_mask,
                  is_causal, scale, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, out,
-                 return_lse, num_threads):
+                 return_lse, num_threads, out_dtype):
     """Return the answer of KVCache.attend, whose storage is given; None if stages have to look."""
-    if not are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
-                     key_ranges):
+    if not (are_plain(is_causal, scale, return_lse, window, softcap, alibi_slopes, sinks, attn_bias,
+                      key_ranges)
+            and out_dtype is None):
         return None
     return attend(query, key, value, key_scales, value_scales, table, lengths, True, attn_mask,
                   is_causal, scale, True, out, return_lse, num_threads, True)

@@ -9,27 +9,31 @@ import numpy as np
 
 from .._dtypes import (
     BFLOAT16,
+    CODES,
+    FLOAT16,
     FLOAT32,
     FLOAT64,
     SWAPPED,
     UINT16,
     Array,
     code_of,
+    dtype_name,
     named,
     result_dtype,
 )
 from .._memory import available_memory
 from .._threads import checked, get_num_threads
-from .arguments import as_array, flag, is_tensor
+from .arguments import as_array, flag, is_tensor, shown
 from .problem import Problem
 
 STATISTICS = 8  # numbers for each row
+NARROW = (FLOAT16, BFLOAT16)
 
 _SMALL = 1 << 28  # bytes of weights up to which the available memory is not looked up
 _OVERLAP_WORK = 10_000  # candidates that np.shares_memory may look at
 
 
-def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
+def output(p: Problem, out: Any, return_lse: Any, num_threads: Any, out_dtype: Any = None) -> None:
     """Set what the engine writes to and what the caller gets, with how many threads."""
     p.num_threads = get_num_threads() if num_threads is None else checked(num_threads)
     wants_lse = return_lse is not False and flag("return_lse", return_lse)
@@ -37,6 +41,11 @@ def output(p: Problem, out: Any, return_lse: Any, num_threads: Any) -> None:
     dtype = like.dtype
     if p.out_code == BFLOAT16 or p.query_code != p.out_code:
         dtype = result_dtype(dtype)
+    if out_dtype is not None:
+        own = p.out_code
+        p.out_code = result_code(out_dtype, own, "query", (FLOAT32,) if own in NARROW else ())
+        if p.out_code != own:
+            dtype = np.dtype(np.float32)
     shape = like.shape[:-1] + p.value.shape[-1:]
     if out is None:
         if like.flags.c_contiguous or repeats(like):
@@ -106,19 +115,7 @@ def _as_batch(p: Problem, rows: Array) -> Array:
 def _given(p: Problem, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Check the caller's `out`; return what the engine writes to instead, or its own memory."""
     p.result = out
-    if type(out) is not np.ndarray:
-        known = is_tensor(out) or isinstance(out, np.ndarray)
-        if not known or isinstance(out, np.ma.MaskedArray):
-            raise TypeError(f"out must be a NumPy array or a tensor, not {type(out).__name__}")
-        out = as_array("out", out, in_place=True)
-    array: Array = out
-    if array.shape != shape:
-        raise ValueError(f"out has shape {array.shape}: the result's shape is {shape}")
-    if code_of(array.dtype, p.uint16_is_bf16 or dtype is UINT16) & ~SWAPPED != p.out_code:
-        wanted = "bfloat16, or uint16 for its bit patterns" if dtype is UINT16 else dtype
-        raise TypeError(f"out has dtype {named(array.dtype)}: the result's dtype is {wanted}")
-    if not array.flags.writeable:
-        raise ValueError("out is read-only")
+    array = checked_out("out", out, shape, dtype, p.out_code, p.uint16_is_bf16)
     if _can_be_written_to(p, array):
         return array
     p.target = array  # of its own dtype: uint16 and bfloat16 differ for NumPy
@@ -127,11 +124,54 @@ def _given(p: Problem, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
     return p.temporary
 
 
-def _can_be_written_to(p: Problem, out: Array) -> bool:
-    """Return whether an engine may write to `out` while it reads the inputs."""
+def result_code(out_dtype: Any, own: int, of: str, others: tuple[int, ...]) -> int:
+    """Return the code of the result's element type: that of `of`, or one of the others."""
+    code = CODES.get(dtype_name(out_dtype), -1)
+    if code != own and code not in others:
+        names = {code: name for name, code in CODES.items()}
+        *rest, last = (repr(names[code]) for code in (*others, own))
+        wanted = f"{', '.join(rest)} or {last}" if rest else last
+        raise ValueError(
+            f"out_dtype is {shown(out_dtype)}: for {of} of {names[own]} it must be {wanted}"
+        )
+    return code
+
+
+def checked_out(
+    name: str,
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    code: int,
+    uint16_is_bf16: bool,
+) -> Array:
+    """Return the memory that the caller wants a result in, a view of it if it is a tensor's."""
+    if type(out) is not np.ndarray:
+        known = is_tensor(out) or isinstance(out, np.ndarray)
+        if not known or isinstance(out, np.ma.MaskedArray):
+            raise TypeError(f"{name} must be a NumPy array or a tensor, not {type(out).__name__}")
+        out = as_array(name, out, in_place=True)
+    array: Array = out
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}: the result's shape is {shape}")
+    if code_of(array.dtype, uint16_is_bf16 or dtype is UINT16) & ~SWAPPED != code:
+        wanted = "bfloat16, or uint16 for its bit patterns" if dtype is UINT16 else dtype
+        raise TypeError(f"{name} has dtype {named(array.dtype)}: the result's dtype is {wanted}")
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    return array
+
+
+def holds_a_result(out: Array) -> bool:
+    """Return whether an engine may write to an array that overlaps nothing else."""
     if not out.dtype.isnative:
         return False
-    if not out.flags.c_contiguous and (repeats(out) or (out.size and overlaps_itself(out))):
+    return out.flags.c_contiguous or not (repeats(out) or (out.size and overlaps_itself(out)))
+
+
+def _can_be_written_to(p: Problem, out: Array) -> bool:
+    """Return whether an engine may write to `out` while it reads the inputs."""
+    if not holds_a_result(out):
         return False
     if p.stage and not (out.flags.aligned and _has_unit_stride(out)):
         return False
