@@ -27,7 +27,7 @@ from .._problem.problem import UNBOUNDED, Problem
 from .._problem.scoring import limit_keys, mask, no_dropout, scoring
 from .._problem.tensors import dense
 
-FAN_IN = 4  # parts that one task merges
+FAN_IN = 2  # parts that one task merges
 _BLOCK = 1 << 18  # elements of a part that are merged at a time: temporaries stay below 10 MiB
 
 Part = tuple[Array, Array]  # out (..., Lq, Dv) and lse (..., Lq), float32 or float64

@@ -18,6 +18,7 @@ try:
     import dask.array as da
     from dask._task_spec import List, Task, TaskRef
     from dask.base import is_dask_collection, tokenize
+    from dask.core import flatten
     from dask.highlevelgraph import HighLevelGraph
 except ImportError as error:
     raise ImportError('dask is missing: pip install "qkv-fast[dask]"') from error
@@ -178,8 +179,9 @@ def scaled_dot_product_attention(
     facts = (p.scale, p.left, p.right, p.softcap, p.query_offset, p.key_lengths, p.alibi_slopes)
     token = tokenize([x.name for x in inputs], facts, p.sinks, return_lse, num_threads, dtype)
     graph = _Graph(p, axes, token, return_lse, num_threads)
+    holders = _holders(k)
     for where in itertools.product(*(range(len(c)) for c in (*axes.batch, axes.q_heads, axes.q))):
-        graph.add_rows(where, (q, k, v, mask, bias, begin, end))
+        graph.add_rows(where, (q, k, v, mask, bias, begin, end), holders)
     return graph.arrays(inputs, squeeze=is_flat)
 
 
@@ -238,12 +240,18 @@ class _Graph:
         self.both = f"attention-with-lse-{token}"
         self.dtype = result_dtype(p.caller_query.dtype)
         self.tasks: dict[Any, Task] = {}
+        self.workers: dict[Any, list[str]] = {}  # of parts, whose keys a cluster has already
         chunks = (*axes.batch, axes.q_heads, axes.q)
         self.starts = [_starts(c) for c in (*chunks, axes.k)]
         self.kv_starts = _starts(axes.kv_heads)
 
-    def add_rows(self, where: tuple[int, ...], arrays: tuple[Any, ...]) -> None:
-        """Add the tasks of a chunk of queries, which is at `where` among the chunks."""
+    def add_rows(
+        self, where: tuple[int, ...], arrays: tuple[Any, ...], holders: dict[Any, list[str]]
+    ) -> None:
+        """Add the tasks of a chunk of queries, which is at `where` among the chunks.
+
+        `holders` are the workers that have chunks of keys.
+        """
         *batch, heads, queries = (
             slice(starts[i], starts[i + 1])
             for starts, i in zip(self.starts[:-1], where, strict=True)
@@ -264,7 +272,10 @@ class _Graph:
             compute = partial(
                 attend_part, options=options, first_key=first, partial=not is_single,
                 num_threads=self.num_threads)  # fmt: skip
-            self._add(name, compute, *self._blocks(arrays, where, i))
+            blocks = self._blocks(arrays, where, i)
+            self._add(name, compute, *blocks)
+            if workers := holders.get(blocks[1].key):
+                self.workers[name] = workers
             parts.append(name)
         level = 0
         while len(parts) > FAN_IN:
@@ -291,6 +302,11 @@ class _Graph:
             for where in names:
                 self._add((self.out, *where, 0), itemgetter(0), TaskRef(self._root(where)))
         graph = HighLevelGraph.from_collections(self.out, self.tasks, dependencies=inputs)
+        if self.workers:  # a wish: other workers may compute what these can't
+            graph.layers[self.out].annotations = {
+                "workers": self.workers.get,
+                "allow_other_workers": self.workers.__contains__,
+            }
         v_chunks = (self.p.value.shape[-1],)
         out = da.Array(graph, self.out, (*chunks, v_chunks), dtype=self.dtype)
         if not self.with_lse:
@@ -392,6 +408,28 @@ def _cuts(array: Any, axis: int, size: int) -> set[int]:
     if not isinstance(array, da.Array) or array.ndim < -axis or array.shape[axis] != size:
         return set()
     return set(np.cumsum(array.chunks[axis]).tolist())
+
+
+def _holders(array: Any) -> dict[Any, list[str]]:
+    """Return the workers that have the chunks of an array which a cluster has computed.
+
+    A chunk may be a view of such a one: it is then made where that is.
+    """
+    graph = dict(array.dask)
+    sources: dict[Any, Any] = {}
+    for name in flatten(array.__dask_keys__()):
+        source = name
+        while len(before := tuple(getattr(graph.get(source), "dependencies", ()))) == 1:
+            source = before[0]
+        if hasattr(graph.get(source), "client"):  # a Future
+            sources[name] = graph[source]
+    if not sources:
+        return {}
+    client = next(iter(sources.values())).client
+    if client.asynchronous:
+        return {}
+    known = client.who_has(list(sources.values()))
+    return {name: list(known.get(future.key, ())) for name, future in sources.items()}
 
 
 def _starts(chunks: Chunks) -> list[int]:
