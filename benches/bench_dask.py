@@ -48,27 +48,28 @@ def draw(seed: int, keys: int) -> np.ndarray:
 
 def arrays(keys: int, queries: int, chunk: int, client: Any = None) -> tuple[np.ndarray, Any, Any]:
     """Return queries in memory, and keys and values in chunks; as many on each worker of a client."""
-    import dask
     import dask.array as da
+    from dask._task_spec import Task
 
     count = keys // chunk
     workers = list(client.scheduler_info(n_workers=-1)["workers"]) if client else []
 
     def chunks(seed: int) -> Any:
-        blocks = []
+        name = f"keys-{seed}-{keys}-{chunk}"
+        tasks: dict[Any, Any] = {}
         for i in range(count):
-            block: Any = dask.delayed(draw)(seed + i, chunk)
+            key = (name, 0, i, 0)
             if client:
                 worker = workers[i * len(workers) // count]
-                block = client.compute(block, workers=[worker])
-            blocks.append(da.from_delayed(block, (HEADS, chunk, SIZE), np.float32))
-        return da.concatenate(blocks, axis=1)
+                tasks[key] = client.submit(draw, seed + i, chunk, key=str(key), workers=[worker])
+            else:
+                tasks[key] = Task(key, draw, seed + i, chunk)
+        return da.Array(tasks, name, ((HEADS,), (chunk,) * count, (SIZE,)), dtype=np.float32)
 
     key, value = chunks(0), chunks(count)
     if client:
         from distributed import futures_of, wait
 
-        key, value = dask.persist(key, value)
         wait(futures_of([key, value]))
     return draw(2 * count, queries), key, value
 

@@ -132,13 +132,13 @@ def test_axes_that_are_missing_or_broadcast(rng):
     k, v = k[:, :, :1], v
     out = adapter.scaled_dot_product_attention(
         da.from_array(q, chunks=(4, 8)), da.from_array(k, chunks=(1, 1, 1, 20, 8)),
-        da.from_array(v, chunks=(3, 1, 30, 8)), attn_mask=da.ones((1, 50), bool, chunks=7))  # fmt: skip
+        da.from_array(v, chunks=(3, 1, 30, 8)), attn_mask=da.ones((1, 50), dtype=bool, chunks=7))  # fmt: skip
     assert out.shape == (2, 5, 1, 6, 8)
     np.testing.assert_allclose(here(out)[0], attend(q, k, v), rtol=1e-5, atol=2e-6)
     q, k = (da.from_array(x, chunks=3) for x in (q, k[0, 0, 0]))
     flat = adapter.scaled_dot_product_attention(q, k, k)
     assert flat.shape == (6, 8)
-    np.testing.assert_allclose(*here(flat, da.from_array(attend(*here(q, k, k)))), rtol=1e-5)
+    np.testing.assert_allclose(*here(flat, da.from_array(attend(*here(q, k, k)))), rtol=1e-5, atol=2e-6)
 
 
 def test_dask_arrays_of_masks_and_ranges(rng):
@@ -164,7 +164,7 @@ def test_excluded_keys_may_be_nan(rng):
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
 def test_empty_axes(sizes):
-    q, k = (da.zeros((2, n, 4), np.float32, chunks=3) for n in sizes)
+    q, k = (da.zeros((2, n, 4), dtype=np.float32, chunks=3) for n in sizes)
     out, lse = here(*adapter.scaled_dot_product_attention(q, k, k, return_lse=True))
     np.testing.assert_array_equal(out, np.zeros((2, sizes[0], 4), np.float32))
     np.testing.assert_array_equal(lse, np.full((2, sizes[0]), 0 if sizes[1] else -np.inf))
@@ -188,7 +188,7 @@ def test_empty_axes(sizes):
     ],
 )
 def test_only_seen_chunks_are_tasks(options, seen):
-    x = da.zeros((100, 4), np.float32, chunks=(10, 4))
+    x = da.zeros((100, 4), dtype=np.float32, chunks=(10, 4))
     result = adapter.scaled_dot_product_attention(x, x, x, **options)
     tasks = result.dask.to_dict()
     functions = (getattr(task, "func", None) for task in tasks.values())
@@ -227,7 +227,7 @@ def test_tasks_share_the_cpus(workers, monkeypatch):
         return attend(*arguments, num_threads=num_threads, **options)
 
     monkeypatch.setattr(qkv_fast, "scaled_dot_product_attention", spy)
-    x = da.zeros((40, 4), np.float32, chunks=(10, 4))
+    x = da.zeros((40, 4), dtype=np.float32, chunks=(10, 4))
     out = adapter.scaled_dot_product_attention(x, x, x)
     with qkv_fast.threads(6):
         out.compute(scheduler="threads", num_workers=workers)
@@ -241,7 +241,7 @@ def test_tasks_share_the_cpus(workers, monkeypatch):
     assert seen == [3] * 16
 
 
-UNKNOWN = da.zeros((4, 5, 6), np.float32)
+UNKNOWN = da.zeros((4, 5, 6), dtype=np.float32)
 UNKNOWN = UNKNOWN[UNKNOWN[:, 0, 0] == 0]  # of a number of heads that only its tasks find
 
 
@@ -251,19 +251,19 @@ UNKNOWN = UNKNOWN[UNKNOWN[:, 0, 0] == 0]  # of a number of heads that only its t
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"key": da.zeros((4, 9, 5), np.float32)}, ValueError, "key has length 5 on axis -1"),
-        ({"value": da.zeros((4, 8, 6), np.float32)}, ValueError, "value has length 8 on axis -2"),
-        ({"key": da.zeros((4, 9, 6))}, TypeError, "query, key and value have dtypes"),
-        ({"query": da.zeros((8, 5, 6), np.float32)}, ValueError, "query has 8 heads"),
-        ({"attn_mask": da.zeros((3, 9), bool)}, ValueError, "attn_mask has shape"),
-        ({"attn_mask": da.zeros((5, 9), int)}, TypeError, "attn_mask has dtype int64"),
+        ({"key": da.zeros((4, 9, 5), dtype=np.float32)}, ValueError, "key has length 5 on axis -1"),
+        ({"value": da.zeros((4, 8, 6), dtype=np.float32)}, ValueError, "value has length 8 on axis -2"),
+        ({"key": da.zeros((4, 9, 6), dtype=np.float64)}, TypeError, "query, key and value have dtypes"),
+        ({"query": da.zeros((8, 5, 6), dtype=np.float32)}, ValueError, "query has 8 heads"),
+        ({"attn_mask": da.zeros((3, 9), dtype=bool)}, ValueError, "attn_mask has shape"),
+        ({"attn_mask": da.zeros((5, 9), dtype=int)}, TypeError, "attn_mask has dtype int64"),
         ({"sinks": [1.0]}, ValueError, "sinks has shape"),
         ({"dropout_p": 0.5}, ValueError, "dropout_p is 0.5"),
         ({"window": 3}, TypeError, "window is 3"),
         ({"key_ranges": 3}, TypeError, "key_ranges is 3"),
-        ({"key_ranges": (da.zeros(3, int), None)}, ValueError, r"key_ranges\[0\] has shape"),
+        ({"key_ranges": (da.zeros(3, dtype=int), None)}, ValueError, r"key_ranges\[0\] has shape"),
         ({"key_ranges": (None, da.zeros(5))}, TypeError, r"key_ranges\[1\] must be an int"),
-        ({"query_offset": da.zeros((), int)}, TypeError, "query_offset is a Array of Dask: it must"),
+        ({"query_offset": da.zeros((), dtype=int)}, TypeError, "query_offset is a Array of Dask: it must"),
         ({"key_lengths": 10}, ValueError, "key_lengths holds 10"),
         ({"num_threads": 0}, ValueError, "num_threads is 0"),
         ({"query": UNKNOWN}, ValueError,
@@ -271,7 +271,7 @@ UNKNOWN = UNKNOWN[UNKNOWN[:, 0, 0] == 0]  # of a number of heads that only its t
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_task(change, error, message):
-    given = {name: da.zeros((4, n, 6), np.float32) for name, n in
+    given = {name: da.zeros((4, n, 6), dtype=np.float32) for name, n in
              (("query", 5), ("key", 9), ("value", 9))}  # fmt: skip
     with pytest.raises(error, match=message):
         adapter.scaled_dot_product_attention(**given | change)
