@@ -165,14 +165,14 @@ def predict_prefill(parts: Parts, nodes: int, gbits: float, keys: int, queries: 
     """Return the seconds of `queries` over `keys`, a chunk of keys on each node, causality aside.
 
     The query reaches all nodes in rounds that double who has it. Then each round of the tree brings
-    three parts to one node of four.
+    one part to each second node that is left.
     """
     byte = 8 / (gbits * 1e9)
     sent = 4 * HEADS * queries * SIZE
     scatter = _rounds(nodes, 2) * sent * byte
     compute = 2 * HEADS * queries * (keys / nodes) * SIZE * parts.prefill
-    rounds = _rounds(nodes, 4)
-    merge = rounds * message_bytes(queries) * (3 * byte + 4 * parts.merge)
+    rounds = _rounds(nodes, 2)
+    merge = rounds * message_bytes(queries) * (byte + 2 * parts.merge)
     return scatter + compute + merge + (2 * nodes + rounds) * parts.task
 
 
@@ -209,7 +209,7 @@ def measured_parts() -> Parts:
     one = np.ascontiguousarray(q[:, :1])
     decode = median(lambda: qkv_fast.scaled_dot_product_attention(one, k, v)) / (2 * k.nbytes)
     part = qkv_fast.scaled_dot_product_attention(q, k[:, :64], v[:, :64], return_lse=True)
-    merge = median(lambda: _dask_parts.merge_parts([part] * 4)) / (4 * message_bytes(2048))
+    merge = median(lambda: _dask_parts.merge_parts([part] * 2)) / (2 * message_bytes(2048))
     with cluster(2) as client:
         tasks = 200
         task = median(lambda: client.gather(client.map(abs, range(tasks), pure=False))) / tasks

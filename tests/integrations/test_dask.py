@@ -138,7 +138,9 @@ def test_axes_that_are_missing_or_broadcast(rng):
     q, k = (da.from_array(x, chunks=3) for x in (q, k[0, 0, 0]))
     flat = adapter.scaled_dot_product_attention(q, k, k)
     assert flat.shape == (6, 8)
-    np.testing.assert_allclose(*here(flat, da.from_array(attend(*here(q, k, k)))), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        *here(flat, da.from_array(attend(*here(q, k, k)))), rtol=1e-5, atol=2e-6
+    )
 
 
 def test_dask_arrays_of_masks_and_ranges(rng):
@@ -347,7 +349,9 @@ def test_only_queries_and_partial_results_cross_the_network(inputs):
         np.testing.assert_allclose(result, attend(*inputs), rtol=1e-5, atol=2e-6)
         moved = [x for each in client.run(received).values() for x in each]
     kinds = {name for name, _ in moved}
-    assert {"attention-part"} <= kinds <= {"array", "attention-part", "attention-merge", "attention"}
+    assert (
+        {"attention-part"} <= kinds <= {"array", "attention-part", "attention-merge", "attention"}
+    )
     part = 4 * 2 * 64 * (32 + 1)  # (out, lse) of 2 heads and 64 queries, in float32
     sizes = [size for name, size in moved if name.startswith("attention-")]
     assert len(sizes) <= 7  # 8 parts become one

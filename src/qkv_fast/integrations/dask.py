@@ -72,7 +72,7 @@ def scaled_dot_product_attention(
     r"""Return `qkv_fast.scaled_dot_product_attention` of dask arrays, to be computed by Dask.
 
     Each pair of a chunk of queries and a chunk of keys is a task that computes ``out`` and ``lse``
-    in float32. These are merged as a tree, four at a time, and rounded to query's dtype at the end.
+    in float32. These are merged as a tree, two at a time, and rounded to query's dtype at the end.
     Scores stay within a task. A pair in which no query can see a key is no task.
 
     Parameters
@@ -124,6 +124,10 @@ def scaled_dot_product_attention(
     scheduler or the number of threads. They agree with the op's to rounding. Where all queries of a
     chunk see keys of one chunk only, the task is the op itself, with no merge and in query's dtype.
     16-bit inputs are otherwise converted to float32 by each task, a chunk at a time.
+
+    Where a cluster has computed the chunks of `key` before the call, tasks carry a wish to run where
+    these are. Dask heeds it with ``compute(optimize_graph=False)``, and its work stealing may
+    override it.
 
     The merge is that of `qkv_fast.merge_attention`; splitting the keys of a softmax is from Dao et
     al., *Flash-Decoding* (2023), merging in a tree over machines from Shyam et al., *Tree
