@@ -1,7 +1,7 @@
 """Attention on Dask: its time beside the op, workers' memory, equal bits; figures of more nodes.
 
     python benches/bench_dask.py time       2 processes of 1 thread against the op with 2 threads
-    python benches/bench_dask.py bits       1, 2 and 3 workers, threads and the synchronous scheduler
+    python benches/bench_dask.py bits       1, 2 and 3 workers, threads, the synchronous scheduler
     python benches/bench_dask.py predict    16 and 256 nodes, from parts measured here
 
 131,072 keys, 4,096 queries, 8 heads of size 64, float32; --keys and --queries set others. It needs
@@ -47,7 +47,7 @@ def draw(seed: int, keys: int) -> np.ndarray:
 
 
 def arrays(keys: int, queries: int, chunk: int, client: Any = None) -> tuple[np.ndarray, Any, Any]:
-    """Return queries in memory, and keys and values in chunks; as many on each worker of a client."""
+    """Return queries in memory, keys and values in chunks, as many on each worker of a client."""
     import dask.array as da
     from dask._task_spec import Task
 
@@ -230,7 +230,7 @@ def predict(options: argparse.Namespace) -> None:
     print(f"  call     {1e3 * parts.call:.2f} ms")
     keys, queries = 8 * options.keys, options.queries  # 1 Mi keys by default
     print(f"{queries} queries over {keys} keys, {HEADS} heads of {SIZE}; a part is "
-          f"{message_bytes(queries) / 1e6:.1f} MB, of one query {message_bytes(1)} bytes")  # fmt: skip
+          f"{message_bytes(queries) / 1e6:.1f} MB, of one query {message_bytes(1)} bytes")  # fmt: skip  # noqa: E501
     print("| nodes | Gbit/s | prefill, s | of it computing | decode of a token, ms |")
     print("|---|---|---|---|---|")
     for nodes in (1, *NODES):

@@ -30,8 +30,8 @@ class DistributedKVCache:
     """Keys and values of the tokens so far, in chunks that lie on the workers of a cluster.
 
     `append` fills the last chunk and opens further ones, each on the next worker in turn. `attend`
-    sends the query to the chunks that it can see, whose ``out`` and ``lse`` come back and are merged
-    as a tree. Keys, values and scores stay where they are.
+    sends the query to the chunks that it can see, whose ``out`` and ``lse`` come back and are
+    merged as a tree. Keys, values and scores stay where they are.
 
     Parameters
     ----------

@@ -239,7 +239,7 @@ def threads_of_task() -> int:
             slots = max(1, running, worker.state.nthreads)
             if _threads.source() in ("CPU affinity", "CPUs", "cgroup CPU quota"):
                 return 1
-            return max(1, min(total, _threads.cpus()) // slots)
+            return max(1, min(total, _threads.cpus()) // int(slots))
     return max(1, total // _pool_size(total))
 
 

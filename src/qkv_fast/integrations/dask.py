@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError('dask is missing: pip install "qkv-fast[dask]"') from error
 
-from .._dtypes import Array, is_bits, result_dtype, widened
+from .._dtypes import is_bits, result_dtype, widened
 from .._options import Ints, KeyRanges, Window
 from .._problem.arguments import as_array
 from .._problem.problem import Problem
@@ -167,10 +167,11 @@ def scaled_dot_product_attention(
         "attn_bias": _shape_alone(masks["attn_bias"]),
         "key_ranges": _known_ranges(key_ranges, kv_len),
     }
+    q, k, v = map(_shape_alone, tensors.values())
     p = check(
-        *map(_shape_alone, tensors.values()), _shape_alone(masks["attn_mask"]), dropout_p,
-        is_causal, scale, enable_gqa, _in_memory("key_lengths", key_lengths), return_lse,
-        num_threads, dtype, **modifiers)  # fmt: skip
+        q, k, v, _shape_alone(masks["attn_mask"]), dropout_p, is_causal, scale, enable_gqa,
+        _in_memory("key_lengths", key_lengths), return_lse, num_threads, dtype, **modifiers
+    )  # fmt: skip
 
     is_flat = all(x.ndim == 2 for x in tensors.values())
     if is_flat:  # one head
@@ -324,13 +325,13 @@ class _Graph:
 
     def _blocks(self, arrays: tuple[Any, ...], where: tuple[int, ...], k: int) -> list[Any]:
         """Return references to the blocks of all arrays for a chunk of queries and one of keys."""
-        *batch, heads, q = where
+        *batch, heads, _ = where
         group = self.p.query.shape[-3] // max(1, self.p.key.shape[-3])
         kv_head = self.starts[-3][heads] // max(1, group)
         kv_heads = bisect_right(self.kv_starts, kv_head) - 1
         of_keys, of_scores, of_rows = (*batch, kv_heads, k, 0), (*where, k), where
         wanted = ((*where, 0), of_keys, of_keys, of_scores, of_scores, of_rows, of_rows)
-        blocks = []
+        blocks: list[Any] = []
         for array, index in zip(arrays, wanted, strict=True):
             if array is None:
                 blocks.append(None)
