@@ -182,8 +182,7 @@ def scaled_dot_product_attention(
 
     A row's result depends on its own inputs, and on how many rows its KV group has. It does not
     depend on the number of threads, nor on the rest of the batch. With ``tiles="blas"`` (see
-    `backend`) a row's last bits may also depend on its place among the queries. Where few rows
-    of a KV group have boolean masks that differ, last bits of a row may depend on the others'.
+    `backend`) a row's last bits may also depend on its place among the queries.
 
     A call that is interrupted (KeyboardInterrupt) leaves `out` undefined.
 

@@ -95,3 +95,20 @@ def test_skipping_excluded_blocks_changes_no_bit(engine, rng, dtype):
     mask = (j >= position - 70) & (j <= position + 30)
     by_window = sdpa(q, k, v, window=(70, 30), query_offset=250)
     np.testing.assert_array_equal(sdpa(q, k, v, mask), by_window)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_masks_of_other_rows_change_no_bit(engine, rng, dtype, q_len):
+    if engine.engine == "python" or engine.tiles == "blas":
+        pytest.skip("neither NumPy's products nor BLAS' promise this")
+    q, k, v = make(rng, (1, 4, 2, q_len, 300, 40, 24), dtype)
+    row = q_len // 2
+    seen = np.arange(300) < 270
+    results = []
+    for others in (rng.random(300) > 0.5, np.ones(300, bool), np.arange(300) > 100):
+        mask = np.broadcast_to(others, (1, 4, q_len, 300)).copy()
+        mask[0, 1, row] = seen
+        results.append(sdpa(q, k, v, mask, enable_gqa=True)[0, 1, row])
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])

@@ -128,7 +128,7 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
     cdef Py_ssize_t nk
     if not find_visibility(plan, head, tile, block, &visible):
         return
-    if (not visible.partial and not plan.has_modifiers and not plan.ranges_differ
+    if (not visible.partial and not plan.has_modifiers and not plan.sights_differ
             and tile.count <= plan.kernels.lanes):
         attend_whole(plan, head, 1, 1, block, visible.nk)
         tile.has_keys |= visible.has_keys
@@ -138,7 +138,7 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
     compute_scores(plan, tile, &runs, 0, block.before_window, nk, tile.lanes)
     modify_scores(plan, head, tile, block, &visible)
     weigh_scores(plan, head, tile, block, &visible)
-    if plan.ranges_differ:
+    if plan.sights_differ:
         accumulate_aligned(plan, head, tile, block, &visible)
         return
     load_key_runs(plan, &head.value, block, visible.nk, tile.end_max, &runs)
@@ -148,10 +148,10 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
 
 cdef void accumulate_aligned(const Plan *plan, const HeadView *head, QueryTile *tile,
                              const KVBlock *block, const Visibility *visible) noexcept nogil:
-    """Accumulate a block's values; the ranges of a row's neighbours change no bit of its sums.
+    """Accumulate a block's values; what a row's neighbours see changes no bit of its sums.
 
     The kernel begins a sum every 8 or 16 values (VALUES_IN_L1 of decode_tmpl.h), from the first one
-    on. Which value that is, and whether a page splits a run, depends on the ranges of all rows. So
+    on. Which value that is, and whether a page splits a run, depends on what all rows see. So
     what comes before a multiple of 8 or 16 is accumulated first, and where pages may split runs,
     values are always gathered.
     """

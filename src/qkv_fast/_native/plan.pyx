@@ -5,7 +5,8 @@ from libc.math cimport M_LOG2E
 from libc.stdint cimport int64_t, uintptr_t
 
 from .kernels cimport (
-    QKV_BFLOAT16, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, QKV_KEY_RUN, qkv_tile_kernels,
+    QKV_BFLOAT16, QKV_BOOL, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, QKV_KEY_RUN,
+    qkv_tile_kernels,
 )
 from .tuning cimport (
     BLOCK_K, BLOCK_K_DECODE, BLOCK_K_DECODE_16BIT, BLOCK_K_MATRIX, CLOCK_WORK,
@@ -270,11 +271,15 @@ cdef void plan_decode(Plan *plan, const Plan *prefill, const qkv_tile_kernels *k
         allow_widening(&plan.key, plan.head_dim)
         allow_widening(&plan.value, plan.v_dim)
     set_block_k(plan, choose_block_k_decode(plan), MAX_DECODE_ROWS)
-    plan.ranges_differ = (
-        plan.group > 1 and not (is_shared_by_heads(&plan.key_begins)
-                                and is_shared_by_heads(&plan.key_ends))
-        or plan.q_len > 1 and (plan.key_begins.row != 0 or plan.key_ends.row != 0))
+    plan.sights_differ = (
+        differs_by_row(plan, &plan.key_begins) or differs_by_row(plan, &plan.key_ends)
+        or plan.mask.type == QKV_BOOL and differs_by_row(plan, &plan.mask))
     plan_interleaving(plan)
+
+
+cdef inline bint differs_by_row(const Plan *plan, const TensorView *view) noexcept:
+    """Return whether the rows of a KV group have different parts of the array."""
+    return plan.group > 1 and view.head != 0 or plan.q_len > 1 and view.row != 0
 
 
 cdef void plan_interleaving(Plan *plan) noexcept:
@@ -291,7 +296,7 @@ cdef void plan_interleaving(Plan *plan) noexcept:
         adjacent = plan.page_size
     if (adjacent == 0 or adjacent % QKV_KEY_RUN or plan.page_size % adjacent
             or not is_in_place(plan) or plan.has_modifiers or plan.mask.data != NULL
-            or plan.ranges_differ or not is_shared_by_heads(&plan.key_begins)
+            or plan.sights_differ or not is_shared_by_heads(&plan.key_begins)
             or not is_shared_by_heads(&plan.key_ends)
             or max(plan.head_dim, plan.v_dim) > WIDE):
         return

@@ -90,7 +90,7 @@ cdef struct Plan:
     Py_ssize_t tiles_per_task           # prefill
     bint prefetches                     # prefill asks for keys and values before it needs them
     Py_ssize_t heads_per_task           # decode
-    bint ranges_differ                  # decode: among the rows of a KV group
+    bint sights_differ                  # decode: rows of a KV group have other ranges or masks
     Py_ssize_t adjacent_keys            # decode: see plan_interleaving in plan.pyx
     Py_ssize_t interleave_span
     ScratchLayout layout
