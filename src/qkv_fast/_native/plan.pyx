@@ -223,8 +223,11 @@ cdef void choose_prefill_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads)
     plan.prefetches = beyond_l2 or plan.group * plan.q_len <= plan.tiles_per_task * tile_q
 
 
-cdef void lay_out_prefill(Plan *plan) noexcept:
-    """Set where everything lies in a thread's scratch."""
+cdef void lay_out_prefill(Plan *plan, bint splits_keys=False) noexcept:
+    """Set where everything lies in a thread's scratch.
+
+    Where tasks split keys, total and error are one array of doubles, of the merged states.
+    """
     cdef ScratchLayout *at = &plan.layout
     cdef Py_ssize_t acc_bytes = plan.v_dim * plan.kernels.tile_q * plan.kernels.real_bytes
     at.tiles = lay_out_blocks(plan, plan.kernels.tile_q)
@@ -233,7 +236,7 @@ cdef void lay_out_prefill(Plan *plan) noexcept:
     at.total = at.acc + round_up(
         round_up(plan.v_dim, PACKED_STEP) * plan.kernels.tile_q * plan.kernels.real_bytes)
     at.error = at.tile_bytes = at.total
-    if plan.kv_len > plan.fold_keys:
+    if plan.kv_len > plan.fold_keys or splits_keys:
         at.error = at.total + round_up(acc_bytes)
         at.tile_bytes = at.error + round_up(acc_bytes)
     at.bytes = round_up(at.tiles + plan.tiles_per_task * at.tile_bytes, PAGE)
