@@ -88,6 +88,17 @@ cdef bint is_in_place(const Plan *plan) noexcept:
     return plan.key.contiguous and plan.value.contiguous
 
 
+cdef bint is_first_part(const TensorView *view, const TensorView *whole,
+                        Py_ssize_t batch_ndim) noexcept:
+    """Return whether a view's rows begin where those of another one do."""
+    cdef Py_ssize_t axis
+    for axis in range(max(1, batch_ndim)):  # pages have one stride
+        if view.batch_strides[axis] != whole.batch_strides[axis]:
+            return False
+    return (view.data == whole.data and view.type == whole.type and view.head == whole.head
+            and view.row == whole.row and view.col == whole.col)
+
+
 # --- A plan: what both algorithms need ----------------------------------------------------------
 
 cdef int view_tensors(Plan *plan, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value,
@@ -200,6 +211,8 @@ cdef void plan_prefill(Plan *plan, const qkv_tile_kernels *kernels, Interrupt *i
     """Complete the plan for query tiles with these kernels, all but its tasks and its scratch."""
     plan.interrupt = interrupt
     plan.tiles_per_task = plan.heads_per_task = 1
+    plan.values_in_keys = (plan.v_dim <= plan.head_dim
+                           and is_first_part(&plan.value, &plan.key, plan.batch_ndim))
     set_kernels(plan, kernels)
     set_block_k(plan, choose_block_k(plan), MAX_ROWS_PER_TASK)
 

@@ -88,6 +88,7 @@ cdef struct Plan:
     Py_ssize_t blocks_per_look          # at the clock
     int fixed_nvec                      # 0: as many vectors as a tile's rows need
     Py_ssize_t tiles_per_task           # prefill
+    bint values_in_keys                 # a value is its key's first elements, in the same memory
     bint prefetches                     # prefill asks for keys and values before it needs them
     Py_ssize_t heads_per_task           # decode
     bint ranges_differ                  # decode: among the rows of a KV group
