@@ -117,7 +117,7 @@ cdef void compute_scores(const Plan *plan, const HeadView *head, QueryTile *tile
     if block.keys == NULL:
         load_keys(plan, head, block)
     if prefetches:
-        plan_prefetch(plan, head, tile, block, prefetch)
+        plan_prefetch(head, tile, block, prefetch)
     plan.kernels.scores(tile.scores, tile.query, block.keys, block.key_stride, visible.nk,
                         plan.head_dim, tile.nvec, tile.span if visible.partial else NULL,
                         prefetch if prefetches else NULL)

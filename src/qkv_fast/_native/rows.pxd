@@ -15,8 +15,8 @@ cdef void load_values(const Plan *plan, const HeadView *head, KVBlock *block,
                       bint finite) noexcept nogil
 cdef const float *load_scales(const HeadRows *rows, const KVBlock *block,
                               Py_ssize_t nk) noexcept nogil
-cdef void plan_prefetch(const Plan *plan, const HeadView *head, const QueryTile *tile,
-                        const KVBlock *block, qkv_prefetch_rows *prefetch) noexcept nogil
+cdef void plan_prefetch(const HeadView *head, const QueryTile *tile, const KVBlock *block,
+                        qkv_prefetch_rows *prefetch) noexcept nogil
 
 
 cdef inline const char *find_row(const HeadRows *rows, int64_t key,

@@ -214,14 +214,12 @@ cdef inline void prefetch_keys(const HeadRows *rows, int64_t begin, int64_t end,
         prefetch.row = find_row(rows, begin, &prefetch.count)
 
 
-cdef void plan_prefetch(const Plan *plan, const HeadView *head, const QueryTile *tile,
-                        const KVBlock *block, qkv_prefetch_rows *prefetch) noexcept nogil:
+cdef void plan_prefetch(const HeadView *head, const QueryTile *tile, const KVBlock *block,
+                        qkv_prefetch_rows *prefetch) noexcept nogil:
     """Name what to prefetch while a block's scores are computed: keys to come, and its values."""
     cdef int64_t end = block.begin + block.nk
     cdef int64_t begin = end            # keys that were converted have been read already
     if block.keys != head.key.copies:
         begin = min(end, block.begin + PREFETCH_DISTANCE)
     prefetch_keys(&head.key, begin, min(tile.end_max, begin + block.nk), &prefetch[0])
-    # Values that are part of the keys come with them.
-    begin = end if plan.values_in_keys else block.begin
-    prefetch_keys(&head.value, begin, min(tile.end_max, end), &prefetch[1])
+    prefetch_keys(&head.value, block.begin, min(tile.end_max, end), &prefetch[1])
