@@ -324,6 +324,7 @@ cdef class Runner:
         count_tasks(&launch)
         plan_tasks(&launch, problem.num_threads)
         return {"tasks of one": launch.totals.task, "partials": launch.totals.partial,
+                "tile partials": launch.totals.tile_partial,
                 "work": launch.work, "max_decode_rows": launch.max_decode_rows,
                 "scratch_bytes": launch.scratch_bytes, "partial_bytes": launch.partial_bytes,
                 "prefill": describe_plan(&launch.prefill),
