@@ -1,9 +1,11 @@
-"""Time decoding: against the read bandwidth, over numbers of queries, packed, and in pages.
+"""Time decoding: against the read bandwidth, latent, over numbers of queries, packed, and in pages.
 
 ``python benches/decode.py`` runs all variants in one process and prints medians over rounds:
 
 - bandwidth: one new token of long sequences, as a share of the speed of a plain read of the same
   keys and values. The caches are emptied before each; a higher share is better.
+- latent: one new token of a model with latent attention, values being the first 512 elements of
+  their keys: the time, and the share of the speed of a plain read of the keys alone.
 - queries: the largest rise in time for a query, from 1 to 64 queries. ``--plot FILE.svg`` draws
   the time, ``--json FILE`` writes it.
 - packed: the time of packed sequences of very uneven lengths, relative to the same sequences one by
@@ -90,6 +92,33 @@ def bandwidth(rounds: int) -> None:
         print(
             f"{shape:<30}{kind:<10}{seconds['attend'] * 1e3:8.2f}{size / seconds['attend']:7.1f}"
             f"{size / seconds['read']:7.1f}{seconds['read'] / seconds['attend']:7.2f}",
+            flush=True,
+        )
+
+
+def latent(rounds: int, keys: int = 32768) -> None:
+    """Print the time of latent attention, its speed, and its share of that of a plain read."""
+    threads = qkv_fast.get_num_threads()
+    other = np.ones(BEYOND_CACHES, np.uint8)
+    print(f"{'latent, heads':<20}{'':<10}{'ms':>8}{'GFLOP/s':>9}{'share':>7}")
+    rng = np.random.default_rng(0)
+    for kind, heads in itertools.product(("float32", "bfloat16", "float16"), (16, 32, 64, 128)):
+        q, k = tensor(rng, kind, 1, heads, 1, 576), tensor(rng, kind, 1, 1, keys, 576)
+        dtype = kind if kind == "bfloat16" else None
+        seconds = in_turns(
+            {
+                "attend": lambda q=q, k=k, dtype=dtype: qkv_fast.scaled_dot_product_attention(
+                    q, k, k[..., :512], enable_gqa=True, dtype=dtype
+                ),
+                "read": lambda k=k: read_once([k], threads),
+            },
+            rounds,
+            lambda: read_once([other], threads),
+        )
+        speed = 2e-9 * heads * (576 + 512) * keys / seconds["attend"]
+        print(
+            f"{heads:<20}{kind:<10}{seconds['attend'] * 1e3:8.2f}{speed:9.0f}"
+            f"{seconds['read'] / seconds['attend']:7.2f}",
             flush=True,
         )
 
@@ -196,7 +225,7 @@ def draw(curves: dict[str, list[float]], file: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parts = ("bandwidth", "queries", "packed", "paged")
+    parts = ("bandwidth", "latent", "queries", "packed", "paged")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=15)
@@ -205,6 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if "bandwidth" in options.only:
         bandwidth(options.rounds)
+    if "latent" in options.only:
+        latent(options.rounds)
     if "queries" in options.only:
         curves = over_queries(options.rounds)
         if options.plot:

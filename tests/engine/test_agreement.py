@@ -254,7 +254,7 @@ def test_the_error_is_that_of_rounding(engine, rng):
     assert np.abs(sdpa(q, k, v) - exact).max() < 5e-7
 
 
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, 64, 300])
 def test_the_error_does_not_grow_with_the_number_of_keys(engine, rows):
     """With equal keys a plain float32 sum rounds every block in the same direction."""
     errors = {}
@@ -268,9 +268,10 @@ def test_the_error_does_not_grow_with_the_number_of_keys(engine, rows):
 
 @pytest.mark.parametrize("how", ["rising", "falling", "infinite", "one row is late"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_rows_whose_maximum_moves(engine, rng, how, dtype):
+@pytest.mark.parametrize("rows", [40, 300])
+def test_long_rows_whose_maximum_moves(engine, rng, how, dtype, rows):
     """The sums of earlier blocks are scaled down, not finite or empty."""
-    q, k, v = make(rng, (1, 1, 1, 40, 6500, 16, 16), dtype)
+    q, k, v = make(rng, (1, 1, 1, rows, 6500, 16, 16), dtype)
     slope = np.linspace(0, 8, 6500)[:, np.newaxis]
     q, k = np.abs(q), k + (slope * (-1 if how == "falling" else 1)).astype(dtype)
     options = {}
@@ -279,6 +280,23 @@ def test_long_rows_whose_maximum_moves(engine, rng, how, dtype):
     if how == "one row is late":
         options = {"is_causal": True, "query_offset": 4000, "window": (2100, None)}
     check(q, k.astype(dtype), v, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [2, 16, 40])
+@pytest.mark.parametrize("kv_len", [70, 4500])
+def test_values_that_are_part_of_their_keys(engine, rng, dtype, heads, kv_len):
+    """As in latent attention: a view of the keys gives the bits that a copy of them gives."""
+    q, k, _ = make(rng, (2, heads, 1, 1, kv_len, 40, 40), dtype)
+    k[0, 0, 20, 5] = np.inf  # in a block that the mask hides in part
+    options = {"attn_mask": np.arange(kv_len) != 20, "key_lengths": [kv_len, 19]}
+    for keys in (k, k.astype(np.dtype(dtype).newbyteorder())):
+        for begin, end in ((0, 24), (0, 40), (16, 40)):
+            value = keys[..., begin:end]
+            shared = sdpa(q, keys, value, enable_gqa=True, **options)
+            copied = sdpa(q, keys, np.array(value), enable_gqa=True, **options)
+            np.testing.assert_array_equal(shared, copied)
+    check(q, k, k[..., :24], **options)
 
 
 @given(data=st.data())

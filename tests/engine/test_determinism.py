@@ -67,9 +67,9 @@ def test_the_tile_that_a_row_falls_in_changes_no_bit(engine, rng, monkeypatch, d
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_splitting_the_keys_changes_no_bit(engine, rng, dtype, options, q_len):
-    """Decoding merges the parts of the keys in the same order on any threads and in any batch."""
+    """Parts of the keys are merged in the same order on any threads and in any batch."""
     q, k, v = make(rng, (3, 4, 2, q_len, 4500, 40, 24), dtype)
     lengths = [4500, 2049, 3]
     options = options | {"enable_gqa": True, "query_offset": [4497, 2046, 0]}

@@ -130,6 +130,22 @@ def test_decode_splits_the_keys() -> None:
     assert counts(rows, 5000)[1] == 0
 
 
+def test_tiles_of_few_rows_split_the_keys() -> None:
+    def counts(heads: int, kv_len: int, **fields: Any) -> tuple[int, int]:
+        plans = describe(problem((3, heads, 1, 8), dense(3, 1, kv_len, 8), **fields), 0.0)
+        assert plans["partials"] == 0
+        return plans["tasks of one"], plans["tile partials"]
+
+    tile_q = describe(problem((1, 1, 1, 8), dense(1, 1, 9, 8)))["prefill"]["tile_q"]
+    assert counts(tile_q, 4096) == (3, 0)
+    assert counts(tile_q, 4097) == (3 * 2, 3 * 2)
+    assert counts(tile_q + 1, 9000) == (3 * 2 * 3, 3 * 2 * 3)
+    assert counts(tile_q, 9000, key_lengths=np.array([9000, 4096, 0])) == (3 + 1 + 1, 3)
+    offset = np.array([8999] * 3)
+    assert counts(tile_q, 9000, left=10, right=0, query_offset=offset) == (3, 0)
+    assert counts(257, 9000) == (3 * -(-257 // tile_q), 0)
+
+
 def test_decode_has_at_most_the_rows_of_a_vector_unless_keys_are_converted() -> None:
     plans = describe(problem((1, 4, 1, 8), dense(1, 4, 9, 8)))
     assert plans["max_decode_rows"] == plans["prefill"]["lanes"]

@@ -19,15 +19,14 @@ from .parallel cimport goes_on
 from .query_tile cimport place_tile
 from .rows cimport load_scales, read_reals, write_row
 from .scores cimport find_visibility, modify_scores
-from .softmax_state cimport finish_state, merge_partials, save_partial, weigh_scores
+from .softmax_state cimport (
+    ends_last, finish_state, merge_partials, save_partial, weigh_scores,
+)
 from .tuning cimport KV_SPLIT, MAX_HEADS
 from .types cimport (
-    HeadRows, HeadView, KVBlock, Launch, PartialState, Plan, QueryTile, SequencePlan, Visibility,
+    HeadRows, HeadView, KVBlock, Launch, Plan, QueryTile, SequencePlan, Visibility,
     get_real, open_block, round_up, size_of, tile_of,
 )
-
-cdef extern from *:
-    int64_t subtract_and_get "__sync_sub_and_fetch"(int64_t *, int64_t) nogil
 
 
 cdef void run_decode_task(const Launch *launch, const HeadView *head,
@@ -49,7 +48,7 @@ cdef void run_decode_task(const Launch *launch, const HeadView *head,
         return
     for i in range(count):
         tile = tile_of(plan, head, i)
-        if (sequence.tasks_per_head == 1
+        if (sequence.splits == 1
                 or merged_all(launch, &heads[i], sequence, split, tile)):
             close_tile(plan, &heads[i], tile)
 
@@ -247,11 +246,11 @@ cdef inline void accumulate_values(const Plan *plan, QueryTile *tile, const KeyR
 cdef bint merged_all(const Launch *launch, const HeadView *head, const SequencePlan *sequence,
                      Py_ssize_t split, QueryTile *tile) noexcept nogil:
     """Save the tile's state; the split of a head that ends last merges all and returns True."""
-    cdef Py_ssize_t splits = sequence.tasks_per_head
+    cdef Py_ssize_t splits = sequence.splits
     cdef char *partials = launch.partials + (
         launch.offsets[sequence.batch].partial + head.kv_head * splits) * launch.partial_bytes
     save_partial(&launch.decode, tile, partials + split * launch.partial_bytes)
-    if subtract_and_get(&(<PartialState *>partials).remaining, 1) > 0:
+    if not ends_last(partials):
         return False
     merge_partials(&launch.decode, head, tile, partials, launch.partial_bytes, splits)
     return True

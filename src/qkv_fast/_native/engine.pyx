@@ -21,7 +21,7 @@ from .statistics cimport (
     run_received_task, run_statistics_task,
 )
 from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE, SHORT_WORK
-from .types cimport PartialState, Plan, TaskOffset, round_up
+from .types cimport PartialState, Plan, TaskOffset, lanes_per_step, round_up
 from .weights cimport (
     WeightsCall, count_weights_tasks, lay_out_weights, plan_weights, run_weights_task,
     view_selection,
@@ -116,7 +116,11 @@ cdef void plan_tasks(Launch *launch, Py_ssize_t budget) noexcept:
     cdef const qkv_tile_kernels *kernels = launch.decode.kernels
     cdef Py_ssize_t rows
     choose_prefill_tasks(&launch.prefill, launch.totals.task, budget)
-    lay_out_prefill(&launch.prefill)
+    lay_out_prefill(&launch.prefill, launch.totals.tile_partial > 0)
+    rows = min(<Py_ssize_t>launch.prefill.kernels.tile_q,
+               round_up(launch.prefill.group * launch.prefill.q_len, lanes_per_step(&launch.prefill)))
+    launch.tile_partial_bytes = round_up(sizeof(PartialState)) + round_up(
+        rows * (2 + launch.prefill.v_dim) * launch.prefill.kernels.real_bytes)
     launch.scratch_bytes = launch.prefill.layout.bytes
     if launch.max_decode_rows == 0:
         return
@@ -133,11 +137,14 @@ cdef int compute(Launch *launch, int threads, double *busy) except -1:
     """Run all tasks of a launch on its planned scratch."""
     cdef size_t offsets_bytes = round_up((launch.batches + 1) * sizeof(TaskOffset))
     cdef size_t partials_bytes = launch.totals.partial * launch.partial_bytes
+    cdef size_t tile_partials_bytes = launch.totals.tile_partial * launch.tile_partial_bytes
     cdef Arena arena = take_arena(
-        offsets_bytes + partials_bytes + <size_t>threads * launch.scratch_bytes)
+        offsets_bytes + partials_bytes + tile_partials_bytes
+        + <size_t>threads * launch.scratch_bytes)
     launch.scratch = arena.aligned()
     launch.offsets = <TaskOffset *>(launch.scratch + threads * launch.scratch_bytes)
     launch.partials = <char *>launch.offsets + offsets_bytes
+    launch.tile_partials = launch.partials + partials_bytes
     with nogil:
         set_offsets(launch)
         if not launch.interrupt.stop:
@@ -344,6 +351,7 @@ cdef class Runner:
         count_tasks(&launch)
         plan_tasks(&launch, problem.num_threads)
         return {"tasks of one": launch.totals.task, "partials": launch.totals.partial,
+                "tile partials": launch.totals.tile_partial,
                 "work": launch.work, "max_decode_rows": launch.max_decode_rows,
                 "scratch_bytes": launch.scratch_bytes, "partial_bytes": launch.partial_bytes,
                 "prefill": describe_plan(&launch.prefill),

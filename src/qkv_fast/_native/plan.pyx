@@ -89,6 +89,17 @@ cdef bint is_in_place(const Plan *plan) noexcept:
     return plan.key.contiguous and plan.value.contiguous
 
 
+cdef bint is_first_part(const TensorView *view, const TensorView *whole,
+                        Py_ssize_t batch_ndim) noexcept:
+    """Return whether a view's rows begin where those of another one do."""
+    cdef Py_ssize_t axis
+    for axis in range(max(1, batch_ndim)):  # pages have one stride
+        if view.batch_strides[axis] != whole.batch_strides[axis]:
+            return False
+    return (view.data == whole.data and view.type == whole.type and view.head == whole.head
+            and view.row == whole.row and view.col == whole.col)
+
+
 # --- A plan: what both algorithms need ----------------------------------------------------------
 
 cdef int view_tensors(Plan *plan, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value,
@@ -201,6 +212,8 @@ cdef void plan_prefill(Plan *plan, const qkv_tile_kernels *kernels, Interrupt *i
     """Complete the plan for query tiles with these kernels, all but its tasks and its scratch."""
     plan.interrupt = interrupt
     plan.tiles_per_task = plan.heads_per_task = 1
+    plan.values_in_keys = (plan.v_dim <= plan.head_dim
+                           and is_first_part(&plan.value, &plan.key, plan.batch_ndim))
     set_kernels(plan, kernels)
     set_block_k(plan, choose_block_k(plan), MAX_ROWS_PER_TASK)
 
@@ -224,8 +237,11 @@ cdef void choose_prefill_tasks(Plan *plan, Py_ssize_t tasks, Py_ssize_t threads)
     plan.prefetches = beyond_l2 or plan.group * plan.q_len <= plan.tiles_per_task * tile_q
 
 
-cdef void lay_out_prefill(Plan *plan) noexcept:
-    """Set where everything lies in a thread's scratch."""
+cdef void lay_out_prefill(Plan *plan, bint splits_keys=False) noexcept:
+    """Set where everything lies in a thread's scratch.
+
+    Where tasks split keys, total and error are one array of doubles, of the merged states.
+    """
     cdef ScratchLayout *at = &plan.layout
     cdef Py_ssize_t acc_bytes = plan.v_dim * plan.kernels.tile_q * plan.kernels.real_bytes
     at.tiles = lay_out_blocks(plan, plan.kernels.tile_q)
@@ -234,7 +250,7 @@ cdef void lay_out_prefill(Plan *plan) noexcept:
     at.total = at.acc + round_up(
         round_up(plan.v_dim, PACKED_STEP) * plan.kernels.tile_q * plan.kernels.real_bytes)
     at.error = at.tile_bytes = at.total
-    if plan.kv_len > plan.fold_keys:
+    if plan.kv_len > plan.fold_keys or splits_keys:
         at.error = at.total + round_up(acc_bytes)
         at.tile_bytes = at.error + round_up(acc_bytes)
     at.bytes = round_up(at.tiles + plan.tiles_per_task * at.tile_bytes, PAGE)

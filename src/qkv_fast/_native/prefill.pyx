@@ -9,6 +9,9 @@
 The tiles of a task go through the blocks together, so that a block that has to be converted,
 packed, scanned, or fetched from beyond the L2 is so once for all of them. The same loops serve
 float32, float64 and bfloat16, by SIMD kernels and by BLAS: only the kernel table differs.
+
+Where a KV group has few rows, a task is one split of its keys, as in decode: the task that ends last
+merges the partial states of a tile, in the order of the keys.
 """
 
 from libc.stdint cimport int64_t
@@ -21,22 +24,35 @@ from .rows cimport (
     gather_queries, load_keys, load_value_rows, load_values, plan_prefetch, write_row,
 )
 from .scores cimport find_visibility, modify_scores
-from .softmax_state cimport finish_state, fold_before, weigh_scores
+from .softmax_state cimport (
+    ends_last, finish_state, fold_before, merge_tile_partials, save_tile_partial, weigh_scores,
+)
+from .tuning cimport TILE_KV_SPLIT
 from .types cimport (
-    UNBOUNDED, HeadView, KVBlock, Plan, QueryTile, Visibility, open_block, tile_of,
+    UNBOUNDED, HeadView, KVBlock, Launch, Plan, QueryTile, SequencePlan, Visibility, open_block,
+    tile_of,
 )
 
 
-cdef void run_prefill_task(const Plan *plan, const HeadView *head,
-                           Py_ssize_t number) noexcept nogil:
-    """Compute the rows of the head's task of that number: up to tiles_per_task tiles."""
-    cdef int64_t key_begin, key_end
+cdef void run_prefill_task(const Launch *launch, const HeadView *head,
+                           const SequencePlan *sequence, Py_ssize_t task) noexcept nogil:
+    """Compute up to tiles_per_task tiles of the head, the last ones first, over one split."""
+    cdef const Plan *plan = &launch.prefill
+    cdef Py_ssize_t split = task // sequence.tasks_per_split
+    cdef Py_ssize_t number = sequence.tasks_per_split - 1 - task % sequence.tasks_per_split
+    cdef int64_t key_begin, key_end, begin = (sequence.first_split + split) * TILE_KV_SPLIT
     cdef int i, tiles = open_tiles(plan, head, number, &key_begin, &key_end)
+    cdef QueryTile *tile
+    if sequence.splits > 1:
+        key_begin = max(key_begin, begin)
+        key_end = min(key_end, begin + TILE_KV_SPLIT)
     attend_keys(plan, head, tiles, key_begin, key_end)
     if plan.interrupt.stop:
         return
     for i in range(tiles):
-        close_tile(plan, head, tile_of(plan, head, i))
+        tile = tile_of(plan, head, i)
+        if sequence.splits == 1 or merged_all(launch, head, sequence, split, tile):
+            close_tile(plan, head, tile)
 
 
 cdef int open_tiles(const Plan *plan, const HeadView *head, Py_ssize_t number,
@@ -134,6 +150,21 @@ cdef void accumulate_values(const Plan *plan, const HeadView *head, QueryTile *t
         kernels.accumulate_nonfinite(tile.acc, tile.scores, block.value_rows, block.row_stride,
                                      nk, plan.v_dim, tile.nvec)
         block.values = NULL             # the next tile may see all values
+
+
+cdef bint merged_all(const Launch *launch, const HeadView *head, const SequencePlan *sequence,
+                     Py_ssize_t split, QueryTile *tile) noexcept nogil:
+    """Save the tile's state; the split of a tile that ends last merges all and returns True."""
+    cdef const Plan *plan = &launch.prefill
+    cdef Py_ssize_t number = (head.kv_head * sequence.tiles
+                              + tile.row_begin // plan.kernels.tile_q)
+    cdef char *partials = launch.tile_partials + launch.tile_partial_bytes * (
+        launch.offsets[sequence.batch].tile_partial + number * sequence.splits)
+    save_tile_partial(plan, tile, partials + split * launch.tile_partial_bytes)
+    if not ends_last(partials):
+        return False
+    merge_tile_partials(plan, tile, partials, launch.tile_partial_bytes, sequence.splits)
+    return True
 
 
 cdef void close_tile(const Plan *plan, const HeadView *head, QueryTile *tile) noexcept nogil:

@@ -146,6 +146,10 @@ cdef void load_value_rows(const Plan *plan, const HeadView *head, KVBlock *block
         block.value_rows = find_row(&head.value, block.begin, &count)
         block.row_stride = plan.value.row
         return
+    if plan.values_in_keys and block.keys == head.key.copies:
+        block.value_rows = block.keys
+        block.row_stride = block.key_stride
+        return
     block.value_rows = head.value.copies
     block.row_stride = plan.v_dim * plan.input_bytes
     gather_block(plan, &head.value, block, block.row_stride)

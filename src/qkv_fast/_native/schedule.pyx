@@ -3,7 +3,7 @@
 Each batch entry uses prefill or decode, by how many query rows its KV groups have. Its own queries
 and keys are what is divided, so that no padding is computed. A task belongs to one batch entry:
 
-    prefill   tiles_per_task query tiles of one KV head
+    prefill   tiles_per_task query tiles of one KV head; where its rows are few, one split of the keys
     decode    one split of the keys of heads_per_task KV heads
 
 Tasks of a head are neighbours, since they share its keys. In prefill the last queries come
@@ -17,7 +17,7 @@ from .decode cimport run_decode_task
 from .kernels cimport QKV_BOOL
 from .parallel cimport look_for_signals
 from .prefill cimport run_prefill_task
-from .tuning cimport BATCHES_PER_LOOK, KV_SPLIT
+from .tuning cimport BATCHES_PER_LOOK, KV_SPLIT, MAX_SPLIT_ROWS, TILE_KV_SPLIT
 from .types cimport (
     UNBOUNDED, HeadRows, HeadView, Launch, PartialState, Plan, SequencePlan, TaskOffset, TensorView,
     batch_entry, is_shared, is_shared_by_heads, lanes_per_step,
@@ -36,13 +36,6 @@ cdef inline bint is_decode(const Launch *launch, Py_ssize_t rows) noexcept nogil
     cdef Py_ssize_t step = lanes_per_step(&launch.prefill)
     return (rows <= launch.max_decode_rows
             and rows <= launch.decode_occupancy * ((rows + step - 1) // step * step))
-
-
-cdef void divide_queries(const Plan *plan, SequencePlan *sequence) noexcept nogil:
-    """Set how many prefill tasks a head of the sequence has."""
-    cdef Py_ssize_t rows = plan.group * sequence.q_len, tile_q = plan.kernels.tile_q
-    cdef Py_ssize_t tiles = (rows + tile_q - 1) // tile_q
-    sequence.tasks_per_head = (tiles + plan.tiles_per_task - 1) // plan.tiles_per_task
 
 
 cdef void narrow_to_ranges(const Plan *plan, const SequencePlan *sequence, int64_t *key_begin,
@@ -66,8 +59,8 @@ cdef void narrow_to_ranges(const Plan *plan, const SequencePlan *sequence, int64
     key_end[0] = min(key_end[0], high)
 
 
-cdef void divide_keys(const Plan *plan, SequencePlan *sequence) noexcept nogil:
-    """Set which splits of the keys a head of the sequence needs, a decode task each."""
+cdef void divide_keys(const Plan *plan, SequencePlan *sequence, int keys) noexcept nogil:
+    """Set which splits of so many keys a head of the sequence needs."""
     cdef int64_t key_begin = 0, key_end = sequence.kv_len
     if plan.left < UNBOUNDED and sequence.offset - plan.left > 0:
         key_begin = sequence.offset - plan.left
@@ -75,12 +68,22 @@ cdef void divide_keys(const Plan *plan, SequencePlan *sequence) noexcept nogil:
         key_end = min(key_end, sequence.offset + sequence.q_len + plan.right)
     if plan.key_begins.data != NULL:
         narrow_to_ranges(plan, sequence, &key_begin, &key_end)
-    sequence.first_split = key_begin // KV_SPLIT
-    sequence.tasks_per_head = 0
-    if sequence.q_len > 0:              # without keys there is a task to write zeros
-        sequence.tasks_per_head = 1
-        if key_end > key_begin:
-            sequence.tasks_per_head = (key_end - 1) // KV_SPLIT - sequence.first_split + 1
+    sequence.first_split = key_begin // keys
+    sequence.splits = 1                 # without keys there is a task to write zeros
+    if key_end > key_begin:
+        sequence.splits = (key_end - 1) // keys - sequence.first_split + 1
+
+
+cdef void divide_queries(const Plan *plan, SequencePlan *sequence) noexcept nogil:
+    """Set how many prefill tasks a head of the sequence has."""
+    cdef Py_ssize_t rows = plan.group * sequence.q_len, tile_q = plan.kernels.tile_q
+    sequence.tiles = (rows + tile_q - 1) // tile_q
+    sequence.tasks_per_split = (sequence.tiles + plan.tiles_per_task - 1) // plan.tiles_per_task
+    sequence.first_split = 0
+    sequence.splits = 1
+    if rows <= MAX_SPLIT_ROWS and sequence.kv_len > TILE_KV_SPLIT:
+        divide_keys(plan, sequence, TILE_KV_SPLIT)
+    sequence.tasks_per_head = sequence.splits * sequence.tasks_per_split
 
 
 cdef void open_sequence(const Launch *launch, Py_ssize_t batch,
@@ -100,7 +103,8 @@ cdef void open_sequence(const Launch *launch, Py_ssize_t batch,
             sequence.kv_len -= 1        # keys that the mask hides at the end are padding
     sequence.is_decode = is_decode(launch, plan.group * sequence.q_len)
     if sequence.is_decode:
-        divide_keys(&launch.decode, sequence)
+        divide_keys(&launch.decode, sequence, KV_SPLIT)
+        sequence.tasks_per_head = sequence.splits if sequence.q_len > 0 else 0
     else:
         divide_queries(plan, sequence)
 
@@ -123,8 +127,10 @@ cdef void count_tasks(Launch *launch) noexcept nogil:
         open_sequence(launch, batch, &sequence)
         heads = launch.decode.heads_per_task if sequence.is_decode else 1
         offset.task += (plan.num_kv_heads + heads - 1) // heads * sequence.tasks_per_head
-        if sequence.is_decode and sequence.tasks_per_head > 1:
-            offset.partial += plan.num_kv_heads * sequence.tasks_per_head
+        if sequence.splits > 1 and sequence.is_decode:
+            offset.partial += plan.num_kv_heads * sequence.splits
+        elif sequence.splits > 1:
+            offset.tile_partial += plan.num_kv_heads * sequence.tiles * sequence.splits
         # Decode waits for memory as long as four rows take to compute.
         work += <double>max(4, plan.group * sequence.q_len) * sequence.kv_len
     if launch.offsets != NULL:
@@ -134,19 +140,26 @@ cdef void count_tasks(Launch *launch) noexcept nogil:
 
 
 cdef void count_splits(const Launch *launch) noexcept nogil:
-    """Note in the first partial state of each split head how many splits have not ended."""
+    """Note in the first partial state of each split head or tile how many have not ended."""
     cdef SequencePlan sequence
-    cdef Py_ssize_t batch, partial, end
+    cdef const TaskOffset *offset = launch.offsets
+    cdef Py_ssize_t batch
     for batch in range(launch.batches):
-        partial = launch.offsets[batch].partial
-        end = launch.offsets[batch + 1].partial
-        if partial == end:
-            continue
-        open_sequence(launch, batch, &sequence)
-        while partial < end:
-            (<PartialState *>(launch.partials + partial * launch.partial_bytes)).remaining = (
-                sequence.tasks_per_head)
-            partial += sequence.tasks_per_head
+        if offset[0].partial < offset[1].partial or offset[0].tile_partial < offset[1].tile_partial:
+            open_sequence(launch, batch, &sequence)
+            set_remaining(launch.partials, launch.partial_bytes, offset[0].partial,
+                          offset[1].partial, sequence.splits)
+            set_remaining(launch.tile_partials, launch.tile_partial_bytes, offset[0].tile_partial,
+                          offset[1].tile_partial, sequence.splits)
+        offset += 1
+
+
+cdef void set_remaining(char *partials, Py_ssize_t bytes, Py_ssize_t begin, Py_ssize_t end,
+                        Py_ssize_t splits) noexcept nogil:
+    """Set the counts of the partial states [begin, end), `splits` of each head or tile."""
+    while begin < end:
+        (<PartialState *>(partials + begin * bytes)).remaining = splits
+        begin += splits
 
 
 cdef void set_offsets(Launch *launch) noexcept nogil:
@@ -237,6 +250,6 @@ cdef void run_task(const void *context, int thread, Py_ssize_t task) noexcept no
     if sequence.is_decode:
         run_decode_task(launch, &head, &sequence, task)
     else:
-        run_prefill_task(plan, &head, sequence.tasks_per_head - 1 - task)
+        run_prefill_task(launch, &head, &sequence, task)
     if plan.kernels.leave != NULL:
         plan.kernels.leave()

@@ -14,6 +14,7 @@ from libc.string cimport memcpy, memset
 
 from .kernels cimport qkv_tile_kernels
 from .rows cimport load_scales
+from .tuning cimport MAX_LANES
 from .types cimport (
     HeadView, KVBlock, PartialState, Plan, QueryTile, Visibility, get_real, real, round_up,
     set_real,
@@ -21,6 +22,9 @@ from .types cimport (
 
 cdef extern from "<float.h>":
     double FLT_MAX, DBL_MAX
+
+cdef extern from *:
+    int64_t subtract_and_get "__sync_sub_and_fetch"(int64_t *, int64_t) nogil
 
 
 cdef double lowest(int real_bytes) noexcept nogil:
@@ -135,6 +139,11 @@ cdef void finish_state(const Plan *plan, const HeadView *head, QueryTile *tile) 
 
 # --- Partial states: a PartialState, row_max [rows], row_sum [rows], acc [rows][acc_stride] ------
 
+cdef bint ends_last(char *partials) noexcept nogil:
+    """Count down the splits that have not ended; return whether this was the last one."""
+    return subtract_and_get(&(<PartialState *>partials).remaining, 1) == 0
+
+
 cdef void save_partial(const Plan *plan, const QueryTile *tile, char *memory) noexcept nogil:
     """Save the state of a decode tile, all but `remaining`."""
     cdef Py_ssize_t bytes = tile.count * plan.kernels.real_bytes
@@ -187,3 +196,66 @@ cdef void merge_partials(const Plan *plan, const HeadView *head, QueryTile *tile
             merge_row(plan, tile, <const float *>partials, row, partial_bytes // 4, count, total)
         else:
             merge_row(plan, tile, <const double *>partials, row, partial_bytes // 8, count, total)
+
+
+# --- The same of prefill: row_max [lanes], row_sum [lanes], acc [v_dim][lanes] ------------------
+
+cdef void save_tile_partial(const Plan *plan, QueryTile *tile, char *memory) noexcept nogil:
+    """Save the state of a tile whose keys lie in one fold, all but `remaining`."""
+    cdef Py_ssize_t bytes = tile.lanes * plan.kernels.real_bytes
+    (<PartialState *>memory).has_keys = tile.has_keys
+    memory += round_up(sizeof(PartialState))
+    memcpy(memory, tile.row_max, bytes)
+    memcpy(memory + bytes, tile.row_sum, bytes)
+    if tile.first_block:
+        memset(memory + 2 * bytes, 0, bytes * plan.v_dim)
+    else:
+        memcpy(memory + 2 * bytes, tile.acc, bytes * plan.v_dim)
+
+
+cdef void merge_tile(const Plan *plan, QueryTile *tile, const real *first, Py_ssize_t stride,
+                     Py_ssize_t count) noexcept nogil:
+    """Merge `count` states of a tile, `stride` reals apart, in their order, in double."""
+    cdef Py_ssize_t i, d
+    cdef int row, lanes = tile.lanes
+    cdef double[MAX_LANES] top, row_sum, weight
+    cdef double *total
+    cdef const real *state
+    for row in range(lanes):
+        top[row] = first[row]
+        row_sum[row] = 0
+        for i in range(1, count):
+            top[row] = max(top[row], <double>first[i * stride + row])
+    memset(tile.total, 0, plan.v_dim * lanes * sizeof(double))
+    for i in range(count):
+        state = first + i * stride
+        for row in range(lanes):
+            weight[row] = exp2(<double>state[row] - top[row])
+            row_sum[row] += weight[row] * <double>state[lanes + row]
+        state += 2 * lanes
+        total = <double *>tile.total
+        for d in range(plan.v_dim):
+            for row in range(lanes):
+                total[row] += weight[row] * <double>state[row]
+            state += lanes
+            total += lanes
+    for row in range(lanes):
+        (<real *>tile.row_max)[row] = <real>top[row]
+        (<real *>tile.row_sum)[row] = <real>row_sum[row]
+    for d in range(plan.v_dim * lanes):
+        (<real *>tile.acc)[d] = <real>(<double *>tile.total)[d]
+
+
+cdef void merge_tile_partials(const Plan *plan, QueryTile *tile, const char *partials,
+                              Py_ssize_t partial_bytes, Py_ssize_t count) noexcept nogil:
+    """Make the tile's state that of all splits, merged in their order, whichever ended first."""
+    cdef Py_ssize_t i
+    tile.has_keys = 0
+    for i in range(count):
+        tile.has_keys |= (<const PartialState *>(partials + i * partial_bytes)).has_keys
+    tile.first_block = False
+    partials += round_up(sizeof(PartialState))
+    if plan.kernels.real_bytes == 4:
+        merge_tile(plan, tile, <const float *>partials, partial_bytes // 4, count)
+    else:
+        merge_tile(plan, tile, <const double *>partials, partial_bytes // 8, count)

@@ -88,6 +88,7 @@ cdef struct Plan:
     Py_ssize_t blocks_per_look          # at the clock
     int fixed_nvec                      # 0: as many vectors as a tile's rows need
     Py_ssize_t tiles_per_task           # prefill
+    bint values_in_keys                 # a value is its key's first elements, in the same memory
     bint prefetches                     # prefill asks for keys and values before it needs them
     Py_ssize_t heads_per_task           # decode
     bint sights_differ                  # decode: rows of a KV group have other ranges or masks
@@ -100,7 +101,8 @@ cdef struct Plan:
 
 cdef struct TaskOffset:                 # of a batch entry
     Py_ssize_t task                     # its first task
-    Py_ssize_t partial                  # its first partial state
+    Py_ssize_t partial                  # its first partial state of decode
+    Py_ssize_t tile_partial             # its first one of prefill
 
 
 cdef struct Launch:
@@ -116,6 +118,8 @@ cdef struct Launch:
     Py_ssize_t scratch_bytes            # of a thread
     char *partials
     Py_ssize_t partial_bytes
+    char *tile_partials                 # the same for prefill
+    Py_ssize_t tile_partial_bytes
 
 
 cdef struct SequencePlan:
@@ -124,7 +128,9 @@ cdef struct SequencePlan:
     int64_t kv_len                      # keys from here on are padding
     bint is_decode
     Py_ssize_t tasks_per_head
-    Py_ssize_t first_split              # decode: the split of a head's first task
+    Py_ssize_t splits                   # of a head's keys; 1: its tasks see all keys
+    Py_ssize_t first_split              # the split of a head's first task
+    Py_ssize_t tiles, tasks_per_split   # prefill: query tiles of a head; tasks with the same keys
 
 
 cdef struct HeadRows:
@@ -172,7 +178,7 @@ cdef struct Visibility:
 
 
 cdef struct PartialState:               # row_max, row_sum and acc follow it in memory
-    int64_t remaining                   # of a head's first one: splits that have not ended
+    int64_t remaining                   # of a head's or tile's first one: splits not yet ended
     uint64_t has_keys
 
 
