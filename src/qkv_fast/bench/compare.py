@@ -142,7 +142,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa",
         choices=list(ISAS),
-        help=f"instruction set for all libraries but {', '.join(UNLIMITED)}, which can't be limited",
+        help=f"instruction set for all libraries but {', '.join(UNLIMITED)}",
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turn", type=float, default=0.15, help="seconds of a turn")

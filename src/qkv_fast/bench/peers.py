@@ -44,8 +44,7 @@ ISAS = {
         "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
     }
 }
-# ONNX Runtime has no such variable; OpenVINO's own kernels go by what the CPU has.
-UNLIMITED = ("onnxruntime", "openvino")
+UNLIMITED = ("onnxruntime",)  # has no such variable
 
 
 def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
