@@ -1,13 +1,16 @@
-"""Write the figures of a comparison as a page: docs/benchmarks.md with plots, or docs/decode.md.
+"""Write the figures of a comparison as the pages of this machine's CPU, and list all pages.
 
-``python -m qkv_fast bench --json run.json && python benches/report.py run.json`` writes the first
-page; ``--shapes decode`` for the bench makes it the second.
+``python -m qkv_fast bench --json run.json && python benches/report.py run.json`` writes
+docs/benchmarks/CPU.md with plots from shapes of prefill, and docs/decode/CPU.md from those of
+decoding. Pages of other CPUs stay as they are. docs/benchmarks.md and docs/decode.md list the
+pages that are there, each with the date and the machine that it names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 
 from qkv_fast.bench.compare import best_ratio
+from qkv_fast.bench.peers import UNLIMITED
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
@@ -25,6 +29,9 @@ NAMES = {
     "torch": "PyTorch",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "llama.cpp": "llama.cpp",
+    "vllm": "vLLM",
+    "jax": "JAX",
     "numpy": "NumPy",
 }
 COLORS = {
@@ -32,8 +39,23 @@ COLORS = {
     "torch": "#e08e0b",
     "onnxruntime": "#2c7fb8",
     "openvino": "#6a51a3",
+    "llama.cpp": "#31a354",
+    "vllm": "#8c510a",
+    "jax": "#d1589f",
     "numpy": "#777777",
 }
+TITLES = {"benchmarks": "Prefill", "decode": "Decoding"}  # by folder and page of docs/
+LIMITED = (
+    f"All were limited to one instruction set, but {' and '.join(NAMES[n] for n in UNLIMITED)}, "
+    "which can't be."
+)
+STORED = (
+    "The dtype is that of keys and values. llama.cpp takes float32 queries and returns float32 "
+    "in every row; the others hold queries and results in the dtype too, but for int8, where they "
+    "are float32. int8 is each library's own format: qkv_fast has a factor for each key, llama.cpp "
+    "(q8_0) one for 32 numbers. vLLM's plan of a step is made outside the time."
+)
+MEASURED = re.compile(r"^(\d{4}-\d\d-\d\d), (.+ \(family .+\)), (\d+) threads, (.+)\.$", re.M)
 Row = dict[str, Any]
 
 
@@ -51,7 +73,7 @@ def families(rows: list[Row]) -> dict[tuple[str, bool, int], list[Row]]:
     }
 
 
-def plot(key: tuple[str, bool, int], rows: list[Row], folder: Path) -> str:
+def plot(key: tuple[str, bool, int], rows: list[Row], folder: Path, stem: str) -> str:
     """Draw a family, GFLOP/s over the length with the limit; return the file's name."""
     dtype, causal, head_dim = key
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
@@ -77,7 +99,7 @@ def plot(key: tuple[str, bool, int], rows: list[Row], folder: Path) -> str:
     axes.set_title(f"{dtype}, {'causal' if causal else 'full'}, head size {head_dim}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    file = f"benchmarks-{dtype}-{'causal' if causal else 'full'}-{head_dim}.svg"
+    file = f"{stem}-{dtype}-{'causal' if causal else 'full'}-{head_dim}.svg"
     figure.tight_layout()
     figure.savefig(folder / file, metadata={"Date": None})
     plt.close(figure)
@@ -134,6 +156,56 @@ def ratio_cell(row: Row) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
+def cpu(machine: dict[str, Any]) -> str:
+    """Return the CPU's name, and the instruction set that it was limited to."""
+    name = (
+        f"{machine.get('model name', machine['config']['platform'])} (family "
+        f"{machine.get('cpu family', '?')}, model {machine.get('model', '?')})"
+    )
+    return f"{name} with {machine['isa']} only" if machine.get("isa") else name
+
+
+def stem_of(machine: dict[str, Any]) -> str:
+    """Return the CPU as the stem of a file's name.
+
+    >>> stem_of({"model name": "Intel(R) Xeon(R) Processor", "cpu family": "6", "model": "167"})
+    'intel-xeon-6-167'
+    """
+    name = machine.get("model name", "cpu").lower()
+    name = re.sub(r"\((r|tm)\)|\bprocessor\b|\bcpu\b", " ", name)
+    parts = name, machine.get("cpu family", ""), machine.get("model", ""), machine.get("isa") or ""
+    return "-".join(re.findall(r"[a-z0-9.]+", " ".join(parts)))
+
+
+def listing(docs: Path, folder: str) -> str:
+    """Return the text of the page that lists a folder's pages, newest first."""
+    entries = []
+    for file in (docs / folder).glob("*.md"):
+        found = MEASURED.search(file.read_text(encoding="utf-8"))
+        if found is None:
+            raise ValueError(f"{file} does not say when and on what it was measured")
+        date, name, threads, system = found.groups()
+        entries.append([date, f"[{name}]({folder}/{file.name})", threads, system, file.stem])
+    entries.sort(reverse=True)
+    what = TITLES[folder].lower()
+    return "\n".join([
+        f"# {TITLES[folder]} beside other libraries",
+        "",
+        f"A page for each CPU on which {what} was measured. Compare within a row only: machines, "
+        "and the versions of libraries that their pages name, differ. How to measure, and to add "
+        "the page of your CPU: [benches/README.md](../benches/README.md).",
+        "",
+        *markdown(["date", "CPU", "threads", "system and compiler"], [e[:4] for e in entries]),
+        "",
+        "```{toctree}",
+        ":hidden:",
+        "",
+        *(f"{folder}/{entry[4]}" for entry in entries),
+        "```",
+        "",
+    ])  # fmt: skip
+
+
 def preface(result: dict[str, Any], title: str) -> list[str]:
     """Return a page's first lines: where its figures come from."""
     machine = result["machine"]
@@ -142,14 +214,14 @@ def preface(result: dict[str, Any], title: str) -> list[str]:
     )
     config = machine["config"]
     return [
-        f"# {title}",
+        f"# {title} on {cpu(machine)}",
         "",
         "Written by `benches/report.py` from runs of `python -m qkv_fast bench`; do not edit.",
         "",
-        f"{machine['date']}, {machine.get('model name', config['platform'])} (family "
-        f"{machine.get('cpu family', '?')}, model {machine.get('model', '?')}), "
-        f"{result['rows'][0]['threads']} threads, {machine['system']}; {config['compiler']}.",
+        f"{machine['date']}, {cpu(machine)}, {result['rows'][0]['threads']} threads, "
+        f"{machine['system']}; {config['compiler']}.",
         f"{versions}.",
+        *([LIMITED] if machine.get("isa") else []),
         "",
     ]
 
@@ -157,12 +229,14 @@ def preface(result: dict[str, Any], title: str) -> list[str]:
 def decode_page(result: dict[str, Any]) -> str:
     """Return the text of the page on few queries against many keys."""
     lines = [
-        *preface(result, "Decoding"),
+        *preface(result, TITLES["decode"]),
         "Microseconds of a call with few queries for each of 32 query heads of size 128: each "
         "library in a process of its own, in turns; medians of rounds. Every answer was held "
         "against float64 first. GB/s: keys and values read, by qkv_fast; of: reading memory "
         "(256 MB, some of it from the last cache), measured beside each row. What fits in the "
         "caches is read faster than that. -: it can't, or not in the machine's memory.",
+        "",
+        STORED,
         "",
     ]  # fmt: skip
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
@@ -175,21 +249,25 @@ def page(result: dict[str, Any], folder: Path) -> str:
     """Draw the plots and return the page's text."""
     rows = result["rows"]
     lines = [
-        *preface(result, "Benchmarks"),
+        *preface(result, TITLES["benchmarks"]),
         "GFLOP/s: 4·B·H·Lq·Lk·D operations, half of that when causal. Each library runs in a "
         "process of its own, in turns; medians of rounds. Every answer was held against float64 "
         "first. Peak: multiply-adds in registers with the instructions that qkv_fast uses for "
         "the dtype, measured beside each row; share: qkv_fast's part of it. GB/s: reading "
         "memory, likewise.",
         "",
+        STORED,
+        "",
         "The peak is that of a loop without loads; right after a real product a CPU may clock "
         "lower (10 % on the Xeon where this was looked at). For bfloat16 on a matrix unit (AMX) "
         "it is the softmax, in float32 vectors, that takes most of the time, not the products.",
         "",
     ]  # fmt: skip
+    stem = stem_of(result["machine"])
     for key, family in families(rows).items():
-        file = plot(key, family, folder)
-        lines += [f"![{file.removesuffix('.svg').replace('-', ' ')}]({file})", ""]
+        file = plot(key, family, folder, stem)
+        what = file.removesuffix(".svg").removeprefix(f"{stem}-").replace("-", " ")
+        lines += [f"![benchmarks {what}]({file})", ""]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         lines += [f"## {dtype}", ""]
         lines += [*table([row for row in rows if row["dtype"] == dtype]), ""]
@@ -199,19 +277,31 @@ def page(result: dict[str, Any], folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("json", help="what python -m qkv_fast bench --json wrote")
+    parser.add_argument("json", nargs="*", help="what python -m qkv_fast bench --json wrote")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     options = parser.parse_args(arguments)
     mpl.rcParams["svg.hashsalt"] = "qkv_fast"
-    result = json.loads(Path(options.json).read_text(encoding="utf-8"))
+    results = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options.json]
+    for folder in TITLES:
+        (options.docs / folder).mkdir(exist_ok=True)
+    for result in results:
+        write_pages(result, options.docs)
+    for folder in TITLES:
+        text = listing(options.docs, folder)
+        (options.docs / f"{folder}.md").write_text(text, encoding="utf-8")
+
+
+def write_pages(result: dict[str, Any], docs: Path) -> None:
+    """Write the pages of a run's machine."""
     decoding = [row for row in result["rows"] if row["shape"]["kv_len"]]
     others = [row for row in result["rows"] if not row["shape"]["kv_len"]]
+    name = f"{stem_of(result['machine'])}.md"
     if decoding:
         text = decode_page(result | {"rows": decoding})
-        (options.docs / "decode.md").write_text(text, encoding="utf-8")
+        (docs / "decode" / name).write_text(text, encoding="utf-8")
     if others:
-        text = page(result | {"rows": others}, options.docs)
-        (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+        text = page(result | {"rows": others}, docs / "benchmarks")
+        (docs / "benchmarks" / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import regression
 
 from qkv_fast import __main__, _dtypes
-from qkv_fast.bench import compare, shapes
+from qkv_fast.bench import compare, peers, probes, shapes
 
 
 def run_of(group: str, choice: str, median: float) -> dict:
@@ -78,7 +78,7 @@ def test_a_bad_shape_is_answered_with_the_form_and_the_nearest_name(capsys, wron
     told = capsys.readouterr().err
     assert told.startswith(f"shape is {wrong!r}: ")
     assert "batch,heads,length,head_dim[,causal]" in told
-    assert "a group (prefill, decode)" in told
+    assert "a group (prefill, decode, tokens)" in told
     assert "python -m qkv_fast bench --list" in told
     assert len(told) < 300
     if nearest is None:
@@ -147,6 +147,73 @@ def test_unknown_shapes_and_missing_peers_exit_with_2(monkeypatch, capsys):
     monkeypatch.setattr(compare, "version", lambda name: None)
     assert __main__.main(["bench", "--peers", "torch"]) == 2
     assert "torch is not installed here" in capsys.readouterr().err
+
+
+def test_peers_that_are_not_installed_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "version", lambda name: "1" if name == "numpy" else None)
+    command = ["bench", "--shapes", "1,1,8,8", "--dtypes", "float32", "int8"]
+    assert __main__.main([*command, "--rounds", "1", "--turn", "0.01", "--threads", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert not any(name in shown for name in peers.PREPARE if name != "numpy")
+    assert "int8" not in shown  # it is no shape of decoding
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [
+        ("qkv_fast", ("float32", "bfloat16", "float16", "int8")),
+        ("llama.cpp", ("float32", "bfloat16", "float16", "int8")),
+        ("vllm", ("float32", "bfloat16", "float16")),
+        ("jax", ("float32", "bfloat16")),
+    ],
+)
+def test_a_peer_answers_as_float64_does(name, dtypes):
+    if peers.version(name) is None:
+        pytest.skip(f"{name} is not installed")
+    peer = peers.Peer(name, 1)
+    grouped = shapes.Shape(2, 4, 1, 64, False, 70, 2)
+    try:
+        for shape in (shapes.parse("2,2,33,64"), shapes.parse("1,2,40,64,causal"), grouped):
+            for dtype in peers.DTYPES:
+                if dtype == "int8" and not shape.kv_len:
+                    continue
+                kind, value = peer.ask("prepare", shape, dtype)
+                if dtype in dtypes:
+                    assert (kind, value) == ("ready", pytest.approx(0, abs=peers.TOLERANCE[dtype]))
+                    assert peer.ask("run", 0.001)[0] == "time"
+                else:
+                    assert kind == "error"
+                    assert value.startswith("NotImplementedError")
+    finally:
+        peer.close()
+
+
+def test_the_peak_of_int8_is_that_of_float32(monkeypatch):
+    monkeypatch.setenv("QKV_FAST_ISA", "auto")
+    peak, bandwidth = probes.limits("int8", 1)
+    assert (peak > 0) == (bandwidth > 0)
+
+
+def test_a_report_keeps_the_pages_of_other_cpus(tmp_path):
+    report = pytest.importorskip("report", exc_type=ImportError)
+    for folder in report.TITLES:
+        (tmp_path / folder).mkdir()
+        line = "2020-01-02, Old CPU (family 1, model 2), 3 threads, Linux; gcc 1."
+        (tmp_path / folder / "old.md").write_text(line, encoding="utf-8")
+    machine = {"date": "2021-01-02", "system": "Linux", "isa": None, "versions": {"numpy": "2"}}
+    machine |= {"config": {"compiler": "gcc 2", "platform": "x"}, "cpu family": "6", "model": "7"}
+    machine["model name"] = "New(R) CPU"
+    row = {"name": "x", "dtype": "int8", "threads": 2, "gflops": {"qkv_fast": 1.0}}
+    row |= {"shape": shapes.DECODE["decode-1x128-q1"]._asdict(), "seconds": {"qkv_fast": 1e-6}}
+    row |= {"peak_gflops": 2.0, "read_gb_per_s": 3.0, "read_gigabytes": 1e-6}
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps({"machine": machine, "rows": [row]}), encoding="utf-8")
+    report.main([str(run), "--docs", str(tmp_path)])
+    index = (tmp_path / "decode.md").read_text(encoding="utf-8")
+    assert index.index("](decode/new-6-7.md)") < index.index("](decode/old.md)")
+    assert "| 2020-01-02 | [Old CPU (family 1, model 2)](decode/old.md) | 3 |" in index
+    assert "new" not in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert "## int8" in (tmp_path / "decode" / "new-6-7.md").read_text(encoding="utf-8")
 
 
 def test_without_a_command_the_help_is_printed(capsys):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .peers import DTYPES, PREPARE, TOLERANCE, Peer, version
+from .peers import DTYPES, ISAS, PREPARE, TOLERANCE, UNLIMITED, Peer, version
 from .probes import limits
 from .shapes import FORM, GROUPS, Shape, listing, named
 
@@ -85,7 +85,7 @@ def best_ratio(row: Row) -> float | None:
 
 def header(names: list[str]) -> str:
     """Return the table's first line."""
-    return f"{'':<29}" + "".join(f"{n:>14}" for n in names) + f"{'peak':>8}{'GB/s':>6}{'ratio':>7}"
+    return f"{'':<29}" + "".join(f"{n:>13}" for n in names) + f"{'peak':>8}{'GB/s':>6}{'ratio':>7}"
 
 
 def line(row: Row, names: list[str]) -> str:
@@ -94,7 +94,7 @@ def line(row: Row, names: list[str]) -> str:
     for name in names:
         speed = row["gflops"].get(name)
         share = f" ({speed / row['peak_gflops']:.2f})" if speed and row["peak_gflops"] else ""
-        cells += f"{'-' if speed is None else f'{speed:.0f}{share}':>14}"
+        cells += f"{'-' if speed is None else f'{speed:.0f}{share}':>13}"
     ratio = best_ratio(row)
     label = f"{row['name']} {row['dtype']}"
     limit = f"{row['peak_gflops']:>8.0f}{row['read_gb_per_s']:>6.0f}"
@@ -113,6 +113,7 @@ def machine() -> dict[str, Any]:
                 facts.setdefault(entry.split(":")[0].strip(), entry.split(":")[1].strip())
     facts["versions"] = {name: version(name) for name in PREPARE}
     facts["date"] = time.strftime("%Y-%m-%d")
+    facts["isa"] = os.environ.get("QKV_FAST_ISA")
     return facts
 
 
@@ -131,7 +132,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", nargs="+", choices=list(PREPARE), help="default: those that are installed"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="of keys and values; int8 is for shapes of decoding, and left out of others",
+    )
+    parser.add_argument(
+        "--isa",
+        choices=list(ISAS),
+        help=f"instruction set for all libraries but {', '.join(UNLIMITED)}",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turn", type=float, default=0.15, help="seconds of a turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -155,12 +167,18 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name} is not installed here", file=sys.stderr)
             return 2
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.update(ISAS.get(options.isa, {}))
     peers = [Peer(name, options.threads) for name in names]
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     print(f"GFLOP/s (share of the multiply-add peak), {options.threads} threads")
+    if options.isa:
+        free = ", ".join(name for name in UNLIMITED if name in names)
+        print(f"instruction set: {options.isa}" + (f"; {free} can't be limited to it" * bool(free)))
     print(header(names))
     for name, shape in shapes.items():
         for dtype in options.dtypes:
+            if dtype == "int8" and not shape.kv_len:
+                continue
             row = measure(name, shape, dtype, peers, options.rounds, options.turn, options.threads)
             result["rows"].append(row)
             print(line(row, names), flush=True)

