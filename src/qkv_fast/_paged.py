@@ -112,9 +112,10 @@ def paged_attention(
         Boolean: True where the query may attend to the key. Floating: added to the scores.
     attn_bias : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
         Floating: added to the scores, beside an `attn_mask`.
-    is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges, return_lse, num_threads, \
-    out_dtype
+    is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges, return_lse, num_threads
         As in `scaled_dot_product_attention`.
+    out_dtype : "float32", optional
+        The result's type where query has 16 bits, as in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.
     query_offset : int or ints, shape broadcastable to (batch,), optional

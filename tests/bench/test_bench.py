@@ -67,7 +67,7 @@ def test_shapes_by_name_and_by_numbers():
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
-        ("nonsense", None),
+        ("quux", None),
         ("Bert-128", "bert-128"),
         ("gpt2-1024", "gpt2-causal-1024"),
         ("prefil", "prefill"),
@@ -119,7 +119,7 @@ def test_the_comparison_runs_and_writes_json(tmp_path, capsys):
     command += ["--rounds", "2", "--turn", "0.01", "--threads", "1", "--json", str(file)]
     assert __main__.main(command) == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float16"]
     assert set(rows[0]["gflops"]) == {"qkv_fast", "numpy"}
     assert set(rows[1]["gflops"]) == {"qkv_fast"}
     assert rows[0]["error"]["qkv_fast"] < 1e-5

@@ -12,6 +12,7 @@ for 32 numbers.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -90,6 +91,7 @@ def prepare_cache(shape: Shape, tensors: list[Array], threads: int) -> Prepared:
         (cache.key_pages, cache.key_scales, k),
         (cache.value_pages, cache.value_scales, v),
     ):
+        assert factors is not None  # as in every int8 cache
         rows[...], factors[...] = quantize(x)
     out = np.empty_like(q)
     return lambda: cache.attend(q, out=out, num_threads=threads), np.asarray
@@ -215,7 +217,8 @@ def prepare_openvino(shape: Shape, tensors: list[Array], dtype: str, threads: in
 def prepare_llama_cpp(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare ggml's flash attention: float32 queries, keys and values in this dtype."""
     limited = os.environ.get("QKV_FAST_ISA") == "avx2"
-    return ggml.flash_attention(*tensors, shape.is_causal, dtype, threads, only_avx2=limited)
+    q, k, v = tensors
+    return ggml.flash_attention(q, k, v, shape.is_causal, dtype, threads, only_avx2=limited)
 
 
 def prepare_jax(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
@@ -241,8 +244,7 @@ VLLM_PAGE = 128  # keys, as vLLM chooses on CPUs
 
 def prepare_vllm(shape: Shape, tensors: list[Array], dtype: str, threads: int) -> Prepared:
     """Prepare vLLM's attention over a paged cache; its library is loaded without the rest."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     if dtype == "int8":
         raise NotImplementedError("no 8-bit keys but those of 8-bit floats")
     if shape.is_causal and shape.q_len != shape.keys:
