@@ -60,7 +60,8 @@ static ptrdiff_t level2_of_machine(void)
 static const char *read_cache_file(char line[32], long cpu, int index, const char *name)
 {
     char path[96];
-    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%ld/cache/index%d/%s", cpu, index, name);
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%ld/cache/index%d/%s", cpu, index,
+             name);
     FILE *file = fopen(path, "re");
     line[0] = 0;
     if (file) {

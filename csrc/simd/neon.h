@@ -88,9 +88,9 @@ INLINE vmask v_mask(uint64_t bits) { return vtstq_u32(vdupq_n_u32((uint32_t)bits
 #else
 INLINE vmask v_mask(uint64_t bits) { return vtstq_u64(vdupq_n_u64(bits), LANE_BITS); }
 #endif
-INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane), from memory */
+INLINE vmask v_mask_at(const uint64_t *word, int lane) /* v_mask(*word >> lane) */
 {
-#if REAL_BITS == 32 /* a byte holds two vectors' bits: a load to all lanes, and a shifted constant */
+#if REAL_BITS == 32 /* a load to all lanes, and a shifted constant */
     const vmask bits = vshlq_u32(LANE_BITS, vdupq_n_s32(lane % 32));
     uint32_t half;
     memcpy(&half, (const char *)word + lane / 32 * 4, sizeof half);

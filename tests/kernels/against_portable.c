@@ -78,8 +78,8 @@ static pair drawn_twice(ptrdiff_t count, double low, double high)
     return twice(drawn(count, low, high), count);
 }
 
-/* The first `count` reals differ by at most `ulps` of epsilon, relative to `size` or to theirs. With
- * size 0, zeros have the same sign. */
+/* The first `count` reals differ by at most `ulps` epsilons, relative to `size` or to themselves.
+ * With size 0, zeros have the same sign. */
 static void compare(const char *kernel, pair p, ptrdiff_t count, double ulps, double size)
 {
     const double eps = tested->real_bytes == 8 ? DBL_EPSILON : FLT_EPSILON;
@@ -251,7 +251,8 @@ static void check_modifiers(int ld, int nk)
         void *b = drawn(biases * nk, -30, 30);
         for (int j = 0; j < biases * nk; j++) {
             const double u = uniform(0, 1);
-            if (u < 0.1) set(b, j, u < 0.06 ? -INFINITY : tested->real_bytes == 8 ? -DBL_MAX : -FLT_MAX);
+            const double lowest = tested->real_bytes == 8 ? -DBL_MAX : -FLT_MAX;
+            if (u < 0.1) set(b, j, u < 0.06 ? -INFINITY : lowest);
         }
         rows_of(b, bytes, biases, rows);
         pair scores = drawn_twice(count, -30, 30);
