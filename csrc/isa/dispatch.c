@@ -81,20 +81,22 @@ static int runs_amx(void)
 #endif
 }
 
-#define FOR_EACH_X86_ISA(ISA)                                                                    \
+#define FOR_EACH_ISA_HERE(ISA)                                                                   \
     ISA(avx2, avx2, none, runs_avx2, always)                                                     \
     ISA(avx512, avx512, none, runs_avx512, always)                                               \
     ISA(avx512bf16, avx512, avx512bf16, runs_avx512bf16, is_profitable_avx512bf16)               \
     ISA(amx, avx512, amx, runs_amx, always)
+#elif defined(__aarch64__) && !defined(__AARCH64EB__) /* each such CPU has NEON */
+#define FOR_EACH_ISA_HERE(ISA) ISA(neon, neon, none, always, always)
 #else
-#define FOR_EACH_X86_ISA(ISA)
+#define FOR_EACH_ISA_HERE(ISA)
 #endif
 
 /* Weakest first: ISA(name, whose float and double tables it uses, whose bfloat16 table or none,
  * whether the machine runs it, whether it is then faster than the ISAs before it). */
 #define FOR_EACH_ISA(ISA)                                                                        \
     ISA(scalar, scalar, none, always, always)                                                    \
-    FOR_EACH_X86_ISA(ISA)
+    FOR_EACH_ISA_HERE(ISA)
 
 static const qkv_tile_kernels qkv_tile_kernels_bf16_none = {.isa = NULL};
 

@@ -26,9 +26,9 @@ INLINE void register_tile(const int rows, const int nv, real *C, const real *B, 
         vec b[STRIP];
         UNROLL for (int v = 0; v < nv; v++) b[v] = v_load(B + v * LANES);
         UNROLL for (int r = 0; r < rows; r++) {
-            const vec a = v_set1(load_real(A + r * a_row));
+            const vscalar a = v_scalar(load_real(A + r * a_row));
             UNROLL for (int v = 0; v < nv; v++)
-                c[r * nv + v] = MULTIPLY_ADD(a, b[v], c[r * nv + v]);
+                c[r * nv + v] = MULTIPLY_ADD_SCALAR(a, b[v], c[r * nv + v]);
         }
         A += a_red;
         B += ld;

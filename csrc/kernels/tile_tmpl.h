@@ -24,10 +24,12 @@
 #ifdef QKV_PAIRS
 #define ROUGH_EXP2 1
 #define MULTIPLY_ADD(a, b, c) v_dot_pairs(a, b, c)
+#define MULTIPLY_ADD_SCALAR(a, b, c) v_dot_pairs(a, b, c)
 #define MULTIPLY_ADD_FLOP 4
 #else
 #define ROUGH_EXP2 0
 #define MULTIPLY_ADD(a, b, c) v_fma(a, b, c)
+#define MULTIPLY_ADD_SCALAR(a, b, c) v_fma_scalar(a, b, c)
 #define MULTIPLY_ADD_FLOP 2
 #endif
 #ifdef QKV_MATRIX_UNIT

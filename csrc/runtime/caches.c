@@ -26,7 +26,7 @@ static ptrdiff_t level2_in(unsigned leaf)
 
 /* Returns 0 where the CPU's cores differ: each would answer for itself. Returns -1 where CPUID does
  * not tell. */
-static ptrdiff_t level2_by_cpuid(void)
+static ptrdiff_t level2_of_machine(void)
 {
     unsigned a, b, c, d;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && d & HYBRID) return 0;
@@ -35,13 +35,69 @@ static ptrdiff_t level2_by_cpuid(void)
         return level2_in(0x8000001D);
     return -1;
 }
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static long long value_of(const char *name)
+{
+    long long value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && size <= sizeof value ? value : 0;
+}
+
+/* A performance core's share of the cache that its cluster has in common: threads run on those
+ * cores first. */
+static ptrdiff_t level2_of_machine(void)
+{
+    const long long bytes = value_of("hw.perflevel0.l2cachesize");
+    const long long cores = value_of("hw.perflevel0.cpusperl2");
+    return bytes > 0 ? (ptrdiff_t)(bytes / (cores > 0 ? cores : 1)) : -1;
+}
+#elif defined(__linux__)
+#include <stdio.h>
+
+/* The first line of a file of a CPU's cache, "" where there is none. */
+static const char *read_cache_file(char line[32], long cpu, int index, const char *name)
+{
+    char path[96];
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%ld/cache/index%d/%s", cpu, index,
+             name);
+    FILE *file = fopen(path, "re");
+    line[0] = 0;
+    if (file) {
+        if (!fgets(line, 32, file)) line[0] = 0;
+        fclose(file);
+    }
+    return line;
+}
+
+static ptrdiff_t level2_of_cpu(long cpu)
+{
+    for (int i = 0; i < 8; i++) {
+        char line[32];
+        int kib = 0;
+        if (read_cache_file(line, cpu, i, "level")[0] != '2') continue;
+        if (read_cache_file(line, cpu, i, "type")[0] == 'I') continue; /* Instruction */
+        if (sscanf(read_cache_file(line, cpu, i, "size"), "%dK", &kib) == 1 && kib > 0)
+            return (ptrdiff_t)kib * 1024;
+    }
+    return -1;
+}
+
+/* Cores of different kinds are numbered kind by kind: the first and the last CPU tell. */
+static ptrdiff_t level2_of_machine(void)
+{
+    const ptrdiff_t first = level2_of_cpu(0);
+    const ptrdiff_t last = level2_of_cpu(sysconf(_SC_NPROCESSORS_CONF) - 1);
+    return first > 0 && last > 0 && first != last ? 0 : first;
+}
 #else
-static ptrdiff_t level2_by_cpuid(void) { return -1; }
+static ptrdiff_t level2_of_machine(void) { return -1; }
 #endif
 
 ptrdiff_t qkv_l2_bytes(void)
 {
-    ptrdiff_t bytes = level2_by_cpuid();
+    ptrdiff_t bytes = level2_of_machine();
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     if (bytes < 0) bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif

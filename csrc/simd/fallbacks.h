@@ -28,3 +28,10 @@ INLINE vec v_repeat(const float *x, int times)
     return v_load(lane);
 }
 #endif
+
+#ifndef HAVE_FMA_SCALAR
+/* v_fma with one real for all lanes of a. */
+typedef vec vscalar;
+INLINE vscalar v_scalar(real x) { return v_set1(x); }
+INLINE vec v_fma_scalar(vscalar a, vec b, vec c) { return v_fma(a, b, c); }
+#endif

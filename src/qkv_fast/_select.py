@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")
-ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
+ISAS = ("auto", "scalar", "neon", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
 _BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
 VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
@@ -65,7 +65,7 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
         takes the SIMD kernels. With those a row's result does not depend on its place among the
         queries. With SciPy's BLAS the last bits of a row may depend on it; neither depends on
         threads or batch.
-    isa : {"auto", "scalar", "avx2", "avx512", "avx512bf16", "amx"}
+    isa : {"auto", "scalar", "neon", "avx2", "avx512", "avx512bf16", "amx"}
         The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the fastest for the
         dtype. The last two differ from "avx512" for bfloat16 only.
 

@@ -374,7 +374,9 @@ def test_widen_and_narrow(kind, rng):
     for table in tables(FLOAT32):
         out = np.zeros(2**16 + 1, np.float32)
         table.widen(address(out), address(every), 2**16, kind)
-        np.testing.assert_array_equal(out[:-1], every.astype(np.float32))
+        with np.errstate(invalid="ignore"):  # NumPy's cast of signalling NaN, on AArch64
+            exact = every.astype(np.float32)
+        np.testing.assert_array_equal(out[:-1], exact)
         for n in (1, 5, 17, len(floats)):
             back = np.full(n + 1, 7, np.uint16)
             table.narrow(address(back), address(floats), n, kind)
