@@ -81,7 +81,8 @@ cdef void divide_queries(const Plan *plan, SequencePlan *sequence) noexcept nogi
     sequence.tasks_per_split = (sequence.tiles + plan.tiles_per_task - 1) // plan.tiles_per_task
     sequence.first_split = 0
     sequence.splits = 1
-    if rows <= MAX_SPLIT_ROWS and sequence.kv_len > TILE_KV_SPLIT:
+    # BLAS tiles are whole, so the partial states of a few rows would be large.
+    if plan.fixed_nvec == 0 and rows <= MAX_SPLIT_ROWS and sequence.kv_len > TILE_KV_SPLIT:
         divide_keys(plan, sequence, TILE_KV_SPLIT)
     sequence.tasks_per_head = sequence.splits * sequence.tasks_per_split
 
