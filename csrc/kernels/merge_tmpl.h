@@ -65,6 +65,7 @@ static void merge_rows(char *out, int out_type, const char *const *parts, const 
         return;
     }
 #endif
+    (void)type;
     merge_type(out, out_type, parts, weights, count, n,
                REAL_BITS == 32 ? QKV_FLOAT32 : QKV_FLOAT64);
 }

@@ -37,9 +37,10 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     # Keys of a decode task. Many threads can share one sequence, and merging the partial states
     # is cheap beside reading 2048 keys.
     KV_SPLIT = 2048
-    # Keys of a query tile's task, where a KV group has at most MAX_SPLIT_ROWS rows: else one sequence
-    # of a model with latent attention, 16 to 64 rows of one KV head, has one task. As many as
-    # FOLD_KEYS, so calls with fewer keys have the same sums as without splits.
+    # Keys of a query tile's task, where a KV group has at most MAX_SPLIT_ROWS rows: else one
+    # sequence of a model with latent attention, 16 to 64 rows of one KV head, has one task
+    # (decode.py --only latent). As many as FOLD_KEYS, so calls with fewer keys have the same sums as
+    # without splits.
     TILE_KV_SPLIT = 4096
     MAX_SPLIT_ROWS = 256
     # Keys after which a query tile folds its sums. With plain float32 sums, 64 rows of equal keys
