@@ -117,8 +117,8 @@ cdef void plan_tasks(Launch *launch, Py_ssize_t budget) noexcept:
     cdef Py_ssize_t rows
     choose_prefill_tasks(&launch.prefill, launch.totals.task, budget)
     lay_out_prefill(&launch.prefill, launch.totals.tile_partial > 0)
-    rows = min(<Py_ssize_t>launch.prefill.kernels.tile_q,
-               round_up(launch.prefill.group * launch.prefill.q_len, lanes_per_step(&launch.prefill)))
+    rows = round_up(launch.prefill.group * launch.prefill.q_len, lanes_per_step(&launch.prefill))
+    rows = min(<Py_ssize_t>launch.prefill.kernels.tile_q, rows)
     launch.tile_partial_bytes = round_up(sizeof(PartialState)) + round_up(
         rows * (2 + launch.prefill.v_dim) * launch.prefill.kernels.real_bytes)
     launch.scratch_bytes = launch.prefill.layout.bytes

@@ -10,8 +10,8 @@ The tiles of a task go through the blocks together, so that a block that has to 
 packed, scanned, or fetched from beyond the L2 is so once for all of them. The same loops serve
 float32, float64 and bfloat16, by SIMD kernels and by BLAS: only the kernel table differs.
 
-Where a KV group has few rows, a task is one split of its keys, as in decode: the task that ends last
-merges the partial states of a tile, in the order of the keys.
+Where a KV group has few rows, a task is one split of its keys, as in decode: the task that ends
+last merges the partial states of a tile, in the order of the keys.
 """
 
 from libc.stdint cimport int64_t

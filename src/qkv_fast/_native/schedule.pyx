@@ -3,7 +3,7 @@
 Each batch entry uses prefill or decode, by how many query rows its KV groups have. Its own queries
 and keys are what is divided, so that no padding is computed. A task belongs to one batch entry:
 
-    prefill   tiles_per_task query tiles of one KV head; where its rows are few, one split of the keys
+    prefill   tiles_per_task query tiles of one KV head; of few rows, one split of the keys
     decode    one split of the keys of heads_per_task KV heads
 
 Tasks of a head are neighbours, since they share its keys. In prefill the last queries come

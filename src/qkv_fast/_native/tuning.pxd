@@ -39,8 +39,8 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     KV_SPLIT = 2048
     # Keys of a query tile's task, where a KV group has at most MAX_SPLIT_ROWS rows: else one
     # sequence of a model with latent attention, 16 to 64 rows of one KV head, has one task
-    # (decode.py --only latent). As many as FOLD_KEYS, so calls with fewer keys have the same sums as
-    # without splits.
+    # (decode.py --only latent). As many as FOLD_KEYS, so calls with fewer keys have the same sums
+    # as without splits.
     TILE_KV_SPLIT = 4096
     MAX_SPLIT_ROWS = 256
     # Keys after which a query tile folds its sums. With plain float32 sums, 64 rows of equal keys
@@ -55,9 +55,9 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     # Rows of a layer's product for decode's kernels: 8 take 0.28 ms, 9 to 16 take 0.56 ms in tiles
     # (768 inputs, 2304 features on Zen 4 with AVX-512).
     MAX_LINEAR_DECODE_ROWS = 8
-    # Decode kernels are not faster than query tiles beyond so many rows (decode.py, --queries). Of
-    # 16-bit keys on Zen 4, tiles take 0.91 to 0.97 (AVX2) and 0.76 to 1.04 (AVX-512) of decode's time
-    # at 28 rows, 0.9 to 1.2 at 24, and half of it for 25 causal rows.
+    # Decode kernels are not faster than query tiles beyond so many rows (decode.py, --queries).
+    # With 16-bit keys on Zen 4, tiles take 0.91 to 1.09 (AVX2) and 0.76 to 1.04 (AVX-512) of
+    # decode's time at 28 rows, 0.87 to 1.19 at 24.
     MAX_DECODE_ROWS = 24
 
 cdef enum:  # decide how fast a call is
