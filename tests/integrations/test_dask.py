@@ -14,6 +14,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import make, normal
+from worker_tasks import peak_memory, received, slowly
 
 import qkv_fast
 
@@ -297,11 +298,6 @@ def cluster(workers: int, **options: Any) -> Iterator[Any]:
         yield client
 
 
-def slowly(array: np.ndarray, seconds: float) -> np.ndarray:
-    time.sleep(seconds)
-    return array
-
-
 @pytest.fixture(scope="module")
 def inputs() -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(5)
@@ -321,12 +317,6 @@ def test_workers_give_the_same_bits(inputs):
     for workers in (1, 2, 3):
         with cluster(workers):
             np.testing.assert_array_equal(out.compute(), first)
-
-
-def received(dask_worker: Any) -> list[tuple[str, int]]:
-    """Return the names and bytes of what a worker got from others."""
-    return [(dask.utils.key_split(key), size) for entry in dask_worker.transfer_incoming_log
-            for key, size in entry["keys"].items()]  # fmt: skip
 
 
 def on_workers(client: Any, array: np.ndarray, size: int) -> da.Array:
@@ -359,16 +349,6 @@ def test_only_queries_and_partial_results_cross_the_network(inputs):
     sizes = [size for name, size in moved if name.startswith("attention-")]
     assert len(sizes) <= 7  # 8 parts become one
     assert all(part <= size <= part + 1000 for size in sizes)
-
-
-def peak_memory(reset: bool) -> int:
-    """Return the largest memory of this process since it was reset, in bytes."""
-    if reset:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="not Linux")

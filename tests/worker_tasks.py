@@ -1,0 +1,32 @@
+"""Functions that tests of Dask run on workers: these are processes that import them from here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+
+def slowly(array: np.ndarray, seconds: float) -> np.ndarray:
+    """Return the array after a while."""
+    time.sleep(seconds)
+    return array
+
+
+def received(dask_worker: Any) -> list[tuple[str, int]]:
+    """Return the names and bytes of what a worker got from others."""
+    from dask.utils import key_split
+
+    return [(key_split(key), size) for entry in dask_worker.transfer_incoming_log
+            for key, size in entry["keys"].items()]  # fmt: skip
+
+
+def peak_memory(reset: bool) -> int:
+    """Return the largest memory of this process since it was reset, in bytes."""
+    if reset:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmHWM"].split()[0]) * 1024
