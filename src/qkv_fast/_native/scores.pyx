@@ -11,26 +11,17 @@ from libc.string cimport memchr, memset
 from .kernels cimport QKV_BOOL, qkv_tile_kernels
 from .rows cimport load_scales, read_reals
 from .types cimport (
-    UNBOUNDED, HeadView, KVBlock, Plan, QueryTile, TensorView, Visibility, adds_to_scores,
-    is_additive, is_shared, lane_bits, real,
+    HeadView, KVBlock, Plan, QueryTile, TensorView, Visibility, adds_to_scores, is_additive,
+    is_shared, lane_bits, set_real,
 )
 
 
-cdef void subtract_origin(real *reals, const int64_t *values, int64_t origin, int64_t low,
-                          int64_t high, int count) noexcept nogil:
-    """reals[i] = values[i] - origin, limited to [low, high]"""
+cdef void set_relative(const Plan *plan, QueryTile *tile, int64_t origin) noexcept nogil:
+    """Set the relative positions of all lanes: those that count from key `origin` on."""
     cdef int i
-    for i in range(count):
-        reals[i] = <real>min(max(values[i] - origin, low), high)
-
-
-cdef void set_relative(const Plan *plan, void *reals, const int64_t *values, int64_t origin,
-                       int64_t low, int64_t high, int count) noexcept nogil:
-    """Set `count` reals to values - origin, limited to [low, high]."""
-    if plan.kernels.real_bytes == 4:
-        subtract_origin(<float *>reals, values, origin, low, high, count)
-    else:
-        subtract_origin(<double *>reals, values, origin, low, high, count)
+    for i in range(tile.lanes):
+        set_real(tile.relative_position, i, plan.kernels.real_bytes,
+                 <double>(tile.position[i] - origin))
 
 
 # --- Visibility ---------------------------------------------------------------------------------
@@ -186,8 +177,7 @@ cdef void modify_scores(const Plan *plan, const HeadView *head, QueryTile *tile,
     if plan.softcap != 0:
         kernels.softcap(tile.scores, nk, tile.nvec, plan.softcap)
     if head.slopes != NULL:
-        set_relative(plan, tile.relative_position, tile.position, block.begin, -UNBOUNDED,
-                     UNBOUNDED, tile.lanes)
+        set_relative(plan, tile, block.begin)
         kernels.alibi(tile.scores, nk, tile.nvec, tile.slope, tile.relative_position)
     if is_additive(&plan.mask):
         add_bias(plan, head, tile, &plan.mask, tile.mask_rows, block.begin, visible)

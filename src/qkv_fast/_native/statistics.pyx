@@ -33,7 +33,7 @@ from .scores cimport find_visibility, modify_scores, set_relative
 from .softmax_state cimport finish_state, weigh_scores, weight_with_sink
 from .tuning cimport MAX_BLOCK_K, MAX_LANES, RANGE_KEYS, TASKS_PER_THREAD
 from .types cimport (
-    UNBOUNDED, HeadView, KVBlock, Plan, QueryTile, Visibility, get_real, open_block, real,
+    HeadView, KVBlock, Plan, QueryTile, Visibility, get_real, open_block, real,
     round_up, set_real, tile_of,
 )
 from .weights cimport WeightsCall, count_weights_tasks, open_run, take_known_lse
@@ -312,8 +312,7 @@ cdef void add_block(const WeightsCall *call, const HeadView *head, QueryTile *ti
     if not plan.has_modifiers:          # which scale the scores
         plan.kernels.scale(tile.scores, visible.nk, tile.nvec, plan.score_scale)
     tile.has_keys |= visible.has_keys
-    set_relative(plan, tile.relative_position, tile.position, block.begin, -UNBOUNDED, UNBOUNDED,
-                 lanes)
+    set_relative(plan, tile, block.begin)
     plan.kernels.statistics(tile.scores, visible.nk, tile.nvec,
                             tile.allow if visible.partial else NULL, tile.span,
                             tile.relative_position, tile.row_max, sums)

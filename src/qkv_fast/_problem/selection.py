@@ -10,7 +10,7 @@ from .._dtypes import FLOAT64, Array
 from .arguments import integers, real_array, shown
 from .problem import UNBOUNDED, Problem
 from .scoring import limit_keys, mask, scoring
-from .tensors import without_values
+from .tensors import dense, without_values
 
 STAGES = ("scaled", "softcapped", "masked", "softmax")
 
@@ -32,9 +32,13 @@ def scores(
     dtype: Any,
     attn_bias: Any,
     key_ranges: Any,
+    value: Any = None,
 ) -> None:
-    """Set all that the scores of dense queries and keys depend on."""
-    without_values(p, query, key, enable_gqa, dtype)
+    """Set all that the scores of dense queries and keys depend on, and values where given."""
+    if value is None:
+        without_values(p, query, key, enable_gqa, dtype)
+    else:
+        dense(p, query, key, value, enable_gqa, dtype)
     if attn_mask is not None:
         mask(p, attn_mask)
     scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,

@@ -24,8 +24,8 @@ from .. import _threads
 from .._dtypes import BFLOAT16, FLOAT16, FLOAT64, UINT16, Array, code_of
 from .._problem.arguments import flag
 from .._problem.problem import UNBOUNDED, Problem
-from .._problem.scoring import limit_keys, mask, no_dropout, scoring
-from .._problem.tensors import dense
+from .._problem.scoring import no_dropout
+from .._problem.selection import scores
 
 FAN_IN = 2  # parts that one task merges
 _SHORT = {FLOAT16: "float16", BFLOAT16: "bfloat16"}  # dtypes that parts do not have
@@ -64,13 +64,9 @@ def check(
 ) -> Problem:
     """Return the call as the op's own stages read it, or raise as the op does."""
     p = Problem()
-    dense(p, query, key, value, enable_gqa, dtype)
-    if attn_mask is not None:
-        mask(p, attn_mask)
     no_dropout(dropout_p)
-    scoring(p, is_causal, scale, **modifiers)
-    if key_lengths is not None:
-        limit_keys(p, key_lengths)
+    scores(p, query, key, attn_mask, is_causal, scale, enable_gqa, key_lengths=key_lengths,
+           dtype=dtype, value=value, **modifiers)  # fmt: skip
     flag("return_lse", return_lse)
     if num_threads is not None:
         _threads.checked(num_threads)

@@ -123,7 +123,7 @@ def scaled_dot_product_attention(
     On machines of one kind the bits depend on the chunks alone: not on the number of workers, the
     scheduler or the number of threads. They agree with the op's to rounding. Where all queries of a
     chunk see keys of one chunk only, the task is the op itself, with no merge and in query's dtype.
-    16-bit inputs are otherwise converted to float32 by each task, a chunk at a time.
+    Partial results of 16-bit inputs are otherwise those of ``out_dtype="float32"``.
 
     Where a cluster has computed the chunks of `key` before the call, tasks carry a wish to run where
     these are. Dask heeds it with ``compute(optimize_graph=False)``, and its work stealing may

@@ -33,8 +33,8 @@ from .._dtypes import Array
 from .._options import KeyRanges, Window
 from .._problem.output import output
 from .._problem.problem import Problem
-from .._problem.scoring import limit_keys, mask, no_dropout, scoring
-from .._problem.tensors import dense
+from .._problem.scoring import no_dropout
+from .._problem.selection import scores
 from . import _xla_ffi
 
 __all__ = ["dot_product_attention", "scaled_dot_product_attention"]
@@ -453,15 +453,11 @@ def _checked(arrays: dict[str, Any], options: dict[str, Any], heads_last: bool) 
         _swap_heads(like)
     both = options | like
     p = Problem()
-    dense(p, like["query"], like["key"], like["value"], options["enable_gqa"], None)
-    if "attn_mask" in like:
-        mask(p, like["attn_mask"])
-    ranges = both.get("key_begins"), both.get("key_ends")
-    scoring(p, options["is_causal"], options["scale"], both.get("query_offset"), options["window"],
-            options["softcap"], both.get("alibi_slopes"), both.get("sinks"), both.get("attn_bias"),
-            ranges)  # fmt: skip
-    if "key_lengths" in both:
-        limit_keys(p, both["key_lengths"])
+    scores(p, like["query"], like["key"], like.get("attn_mask"), options["is_causal"],
+           options["scale"], options["enable_gqa"], both.get("query_offset"), options["window"],
+           options["softcap"], both.get("alibi_slopes"), both.get("sinks"), both.get("key_lengths"),
+           None, both.get("attn_bias"), (both.get("key_begins"), both.get("key_ends")),
+           like["value"])  # fmt: skip
     output(p, None, options["return_lse"], options["num_threads"])
     return p
 
