@@ -139,15 +139,17 @@ INLINE void product(real *C, const real *B, const char *A, const ptrdiff_t a_row
     }
 }
 
-#define FMA_CHAIN_FLOP (24 * LANES * MULTIPLY_ADD_FLOP)
+/* As many sums as the register tile has, so that none is spilled. */
+#define FMA_CHAINS (STRIP * rows_of(STRIP))
+#define FMA_CHAIN_FLOP (FMA_CHAINS * LANES * MULTIPLY_ADD_FLOP)
 static double fma_chain(ptrdiff_t n)
 {
-    vec c[24], sum = v_set1(0);
+    vec c[FMA_CHAINS], sum = v_set1(0);
     const vec a = v_set1((real)0.999), b = v_set1((real)1e-3);
-    UNROLL for (int i = 0; i < 24; i++) c[i] = v_set1((real)i);
+    UNROLL for (int i = 0; i < FMA_CHAINS; i++) c[i] = v_set1((real)i);
     for (ptrdiff_t t = 0; t < n; t++)
-        UNROLL for (int i = 0; i < 24; i++) c[i] = MULTIPLY_ADD(a, b, c[i]);
-    UNROLL for (int i = 0; i < 24; i++) sum = v_add(sum, c[i]);
+        UNROLL for (int i = 0; i < FMA_CHAINS; i++) c[i] = MULTIPLY_ADD(a, b, c[i]);
+    UNROLL for (int i = 0; i < FMA_CHAINS; i++) sum = v_add(sum, c[i]);
     real lanes[LANES]; /* the result is returned so that the compiler keeps the sums */
     v_store(lanes, sum);
     return (double)lanes[0];

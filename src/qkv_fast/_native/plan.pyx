@@ -205,7 +205,7 @@ cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
     cdef Py_ssize_t row_bytes = (plan.head_dim + plan.v_dim) * plan.input_bytes
     cdef bint wide = max(plan.head_dim, plan.v_dim) > LARGE
     cdef Py_ssize_t most = BLOCK_K_MATRIX if plan.kernels.row_step > 1 and wide else BLOCK_K
-    return fitting_keys(row_bytes, most)
+    return fitting_keys(row_bytes, most, plan.kernels.tile_q)
 
 
 cdef void plan_prefill(Plan *plan, const qkv_tile_kernels *kernels, Interrupt *interrupt) noexcept:

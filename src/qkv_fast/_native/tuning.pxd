@@ -28,6 +28,8 @@ cdef enum:  # fix the order of sums, so they depend on head sizes, element types
     LARGE = 128
     # Long rows have shorter blocks, down to this (fitting_keys in tuning.pyx).
     LEAST_BLOCK_K = 16
+    NARROW_TILE_Q = 32
+    NARROW_BLOCK_BYTES = 256 << 10
     # Beyond head size WIDE, decode has the shortest blocks and does not interleave heads.
     WIDE = 1024
     # Keys of a block in decode. Read from memory, float32 and int8 are up to 10 % faster with 64
@@ -116,4 +118,4 @@ cdef enum:  # decide how fast a call is
     BLAS_THREAD_BYTES = 48 << 20
 
 cdef Py_ssize_t shared_keys() noexcept nogil
-cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most) noexcept nogil
+cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most, int tile_q) noexcept nogil
