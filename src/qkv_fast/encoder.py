@@ -382,9 +382,7 @@ class Encoder:
         stacked: Array = np.stack(weights)
         return (x[0], stacked[:, 0]) if is_one else (x, stacked)
 
-    def embed(
-        self, texts: str | Sequence[str], *, progress: Progress | None = None
-    ) -> Array:
+    def embed(self, texts: str | Sequence[str], *, progress: Progress | None = None) -> Array:
         """Return a unit vector for each text: the direction of its tokens' mean hidden state.
 
         This is what sentence-transformers computes for all-MiniLM-L6-v2 (Reimers and Gurevych
