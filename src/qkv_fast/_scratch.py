@@ -10,8 +10,8 @@ def release_scratch() -> None:
 
     The native engine keeps the scratch of calls, at most 32 MiB of all threads' calls together.
     This frees it, but not that of calls which are running. On Linux with glibc, free memory of the
-    whole process then goes back to the system. The next call takes new scratch, which costs it up
-    to a millisecond for each MiB. The Python engine keeps none.
+    whole process then goes back to the system. The next call takes new scratch. The Python engine
+    keeps none.
 
     Examples
     --------
