@@ -231,5 +231,5 @@ def test_other_libraries_in_one_process_in_both_orders(names, ours_first):
             pytest.importorskip("onnx")
     theirs = "".join(OTHERS[name] + "others.append(other)\n" for name in names)
     code = TOGETHER + (OURS + theirs if ours_first else theirs + OURS) + IN_TURN
-    done = run_python(code, **KEPT)
+    done = run_python(code, timeout=300, **KEPT)
     assert done.stdout.strip() == "right", done.stderr
