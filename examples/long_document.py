@@ -12,6 +12,7 @@ shows which words of the sentence the words of the question look at in that laye
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,13 @@ from qkv_fast.encoder import Encoder, find_minilm
 
 DOCUMENT = Path(__file__).with_name("long_document.txt")
 QUESTIONS = ["Who repaired the clockwork?", "Which animals can be seen there?"]
+
+
+def show_progress(done: int, total: int) -> None:
+    """Show on the terminal's last line how many sentences the encoder has read."""
+    if sys.stderr.isatty():
+        text = f"reading: {done} of {total} sentences" if done < total else ""
+        print(f"\r{text:<70}\r", end="", file=sys.stderr, flush=True)
 
 
 def print_words(encoder: Encoder, question: str, sentence: str, layer: int) -> None:
@@ -48,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         text = " ".join(options.file.read_text(encoding="utf-8").split())
         sentences = re.split(r"(?<=[.!?…]) ", text)
         encoder = Encoder.from_folder(options.model or find_minilm())
-        query, key = encoder.embed(options.questions), encoder.embed(sentences)
+        query = encoder.embed(options.questions)
+        key = encoder.embed(sentences, progress=show_progress)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     if options.layer is not None and not 0 <= options.layer < len(encoder.layers):

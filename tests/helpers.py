@@ -91,7 +91,14 @@ def assert_same(first: Any, second: Any) -> None:
     assert first.tobytes() == second.tobytes()
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def count_of(variable: str, default: int) -> int:
+    """Return how often a test repeats something: what the environment says, or a small number."""
+    return int(os.environ.get(variable) or default)
+
+
+def run_python(
+    code: str, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter, with no QKV_*, OMP_* or GOMP_* variables but those given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("QKV_", "OMP_", "GOMP_"))}
     return subprocess.run(
@@ -99,7 +106,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         env=kept | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
 

@@ -22,6 +22,7 @@ The others, by task:
         threads, set_num_threads, get_num_threads      how many threads a call may use
         backend              which engine and instruction set compute
         available_backends   what there is to choose from on this machine
+        release_scratch      gives back the memory that is kept between calls
         show_config          what is installed and in force, for a bug report
 
 ``help`` of each name has its parameters and an example.
@@ -35,6 +36,7 @@ from ._kv_cache import KVCache
 from ._layer import MultiHeadAttention
 from ._merge import merge_attention
 from ._paged import paged_attention
+from ._scratch import release_scratch
 from ._select import available_backends, backend
 from ._threads import get_num_threads, set_num_threads, threads
 from ._varlen import varlen_attention
@@ -51,6 +53,7 @@ __all__ = [
     "get_num_threads",
     "merge_attention",
     "paged_attention",
+    "release_scratch",
     "scaled_dot_product_attention",
     "set_num_threads",
     "show_config",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ._config import show_config
+from ._progress import terminal_line
 from .bench import compare
 
 
@@ -52,7 +53,7 @@ def write_view(text: str, out: str, model: str | None) -> int:
             raise ValueError("the text is empty")
         encoder = Encoder.from_folder(find_minilm() if model is None else model)
         ids = encoder.encode(text)
-        _, weights = encoder(ids, need_weights=True)
+        _, weights = encoder(ids, need_weights=True, progress=terminal_line("encoding"))
         page = view(weights, encoder.tokens(ids), title=clipped(" ".join(text.split()), 60))
         if out == "-":
             sys.stdout.write(page.html)

@@ -7,8 +7,8 @@ from typing import Any, Literal, Unpack, overload
 from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import DenseOptions, Ints, KeyRanges, Window
-from ._problem.output import output
+from ._options import DenseOptions, Ints, KeyRanges, Progress, Window
+from ._problem.output import output, watch
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, mask, no_dropout, scoring
 from ._problem.tensors import dense
@@ -85,6 +85,7 @@ def scaled_dot_product_attention(
     num_threads: int | None = None,
     dtype: Any = None,
     out_dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute ``softmax(query @ key.T * scale + bias) @ value`` for every head.
 
@@ -153,6 +154,11 @@ def scaled_dot_product_attention(
         The result's type where `query` is float16 or bfloat16: its rows are written as they were
         summed, not rounded to 16 bits, as partial results for `merge_attention` should be. Query's
         own type means what None does. `out` must have that type.
+    progress : callable, optional
+        Called as ``progress(done, total)`` with the parts of the call that are done and all parts,
+        two ints: by the calling thread, at most ten times a second, and in the end with
+        ``done == total``. How large a part is depends on the engine and the number of threads. An
+        exception in it ends the call as an interrupt does, and is raised.
 
     Returns
     -------
@@ -184,7 +190,8 @@ def scaled_dot_product_attention(
     depend on the number of threads, nor on the rest of the batch. With ``tiles="blas"`` (see
     `backend`) a row's last bits may also depend on its place among the queries.
 
-    A call that is interrupted (KeyboardInterrupt) leaves `out` undefined.
+    A call that is interrupted (KeyboardInterrupt), or whose `progress` raises, leaves `out`
+    undefined.
 
     The maths is equation 1 of Vaswani et al., *Attention Is All You Need* (2017), by the online
     softmax of Milakov and Gimelshein (2018) in blocks as in Dao et al., *FlashAttention* (2022);
@@ -223,12 +230,13 @@ def scaled_dot_product_attention(
            [2.],
            [8.]])
     """
-    answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset, window,
-        softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths, out, return_lse,
-        num_threads, dtype, out_dtype)  # fmt: skip
-    if answer is not None:
-        return answer
+    if progress is None:
+        answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset,
+            window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths, out,
+            return_lse, num_threads, dtype, out_dtype)  # fmt: skip
+        if answer is not None:
+            return answer
     notify_call_start()
     p = Problem()
     dense(p, query, key, value, enable_gqa, dtype)
@@ -241,4 +249,6 @@ def scaled_dot_product_attention(
     if key_lengths is not None:
         limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads, out_dtype)
+    if progress is not None:
+        watch(p, progress)
     return solve(p)

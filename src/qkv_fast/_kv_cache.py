@@ -9,10 +9,10 @@ import numpy as np
 from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import CODES, Array, dtype_name, rounded
-from ._options import CacheOptions, Ints, KeyRanges, Window
+from ._options import CacheOptions, Ints, KeyRanges, Progress, Window
 from ._page_pool import LARGEST, PagePool
 from ._problem.arguments import as_array, indices_of, integer, per_sequence, shown
-from ._problem.output import output
+from ._problem.output import output, watch
 from ._problem.problem import UNBOUNDED, Problem
 from ._problem.scoring import mask, scoring, window_sides
 from ._problem.tensors import cached
@@ -331,6 +331,7 @@ class KVCache:
         return_lse: bool = False,
         num_threads: int | None = None,
         out_dtype: Any = None,
+        progress: Progress | None = None,
     ) -> Array | tuple[Array, Array]:
         """Compute attention of the last tokens over all that are cached.
 
@@ -349,7 +350,7 @@ class KVCache:
             Floating: added to the scores, beside an `attn_mask`.
         is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges
             As in `scaled_dot_product_attention`. A cache's own window bounds `window`.
-        out, return_lse, num_threads, out_dtype
+        out, return_lse, num_threads, out_dtype, progress
             Likewise.
         sequences : ints, optional
             The sequences that query's first axis stands for; all by default, in order.
@@ -364,7 +365,7 @@ class KVCache:
         """
         pool = self._pool
         lengths, table = pool.lengths, None if pool.fixed else pool.table
-        if sequences is None and pool.window is None:
+        if progress is None and sequences is None and pool.window is None:
             answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_cache(
                 query, pool.keys, pool.values, pool.key_scales, pool.value_scales, table, lengths,
                 attn_mask, is_causal, scale, window, softcap, alibi_slopes, sinks, attn_bias,
@@ -391,6 +392,8 @@ class KVCache:
         scoring(p, is_causal, scale, None, window, softcap, alibi_slopes, sinks, attn_bias,
                 key_ranges)  # fmt: skip
         output(p, out, return_lse, num_threads, out_dtype)
+        if progress is not None:
+            watch(p, progress)
         return solve(p)
 
     def extend(self, counts: Ints, *, sequences: Any = None) -> None:

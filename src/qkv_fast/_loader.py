@@ -35,6 +35,11 @@ def load_native() -> ModuleType | None:
     return _native
 
 
+def loaded_native() -> ModuleType | None:
+    """Return the native engine if some call has loaded it."""
+    return _native
+
+
 def native_module() -> ModuleType:
     """Return the native engine; the caller knows that it is there."""
     native = load_native()

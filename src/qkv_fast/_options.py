@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from ._dtypes import Array
@@ -10,6 +10,7 @@ from ._dtypes import Array
 Ints = int | Sequence[int] | Array
 Window = tuple[int | None, int | None]
 KeyRanges = tuple[Any, Any]  # each of Ints, anything that NumPy can view as these, or None
+Progress = Callable[[int, int], object]  # of (done, total); what it returns is not looked at
 
 
 class Options(TypedDict, total=False):
@@ -24,6 +25,7 @@ class Options(TypedDict, total=False):
     out: Any
     num_threads: int | None
     out_dtype: Any
+    progress: Progress | None
 
 
 class DenseOptions(Options, total=False):

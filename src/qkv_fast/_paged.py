@@ -7,8 +7,8 @@ from typing import Any, Literal, Unpack, overload
 from . import _dispatch
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, KeyRanges, PagedOptions, Window
-from ._problem.output import output
+from ._options import Ints, KeyRanges, PagedOptions, Progress, Window
+from ._problem.output import output, watch
 from ._problem.problem import Problem
 from ._problem.scoring import mask, scoring
 from ._problem.tensors import check_pages, paged
@@ -90,6 +90,7 @@ def paged_attention(
     num_threads: int | None = None,
     dtype: Any = None,
     out_dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute attention where each sequence's keys and values are spread over pages.
 
@@ -113,7 +114,7 @@ def paged_attention(
     attn_bias : array, broadcastable to (batch, Hq, Lq, max(key_lengths)), optional
         Floating: added to the scores, beside an `attn_mask`.
     is_causal, scale, window, softcap, alibi_slopes, sinks, key_ranges, return_lse, num_threads
-        As in `scaled_dot_product_attention`.
+        As in `scaled_dot_product_attention`, and so is `progress`.
     out_dtype : "float32", optional
         The result's type where query has 16 bits, as in `scaled_dot_product_attention`.
     enable_gqa : bool
@@ -165,12 +166,13 @@ def paged_attention(
     >>> bool(np.allclose(out[0], dense))
     True
     """
-    answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_pages(
-        query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal, scale,
-        enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges,
-        key_scales, value_scales, out, return_lse, num_threads, dtype, out_dtype)  # fmt: skip
-    if answer is not None:
-        return answer
+    if progress is None:
+        answer: Array | tuple[Array, Array] | None = _dispatch.shortcuts.attend_pages(
+            query, key_pages, value_pages, block_table, key_lengths, attn_mask, is_causal, scale,
+            enable_gqa, query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges,
+            key_scales, value_scales, out, return_lse, num_threads, dtype, out_dtype)  # fmt: skip
+        if answer is not None:
+            return answer
     notify_call_start()
     p = Problem()
     paged(p, query, key_pages, value_pages, block_table, key_lengths, key_scales, value_scales,
@@ -180,5 +182,7 @@ def paged_attention(
     scoring(p, is_causal, scale, query_offset, window, softcap, alibi_slopes, sinks, attn_bias,
             key_ranges)  # fmt: skip
     output(p, out, return_lse, num_threads, out_dtype)
+    if progress is not None:
+        watch(p, progress)
     check_pages(p)
     return solve(p)

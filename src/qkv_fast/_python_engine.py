@@ -9,6 +9,7 @@ For each block of rows, with the keys that at least one of its rows sees:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from ._dtypes import BFLOAT16, FLOAT64, Array, bfloat16_bits, reals
 from ._problem.problem import UNBOUNDED, Problem
+from ._progress import Count
 
 # Scores held at a time: 2 MiB of float32. A block has one batch entry, whose result then does not
 # depend on the others. It takes fewer heads before it takes fewer rows than BLOCK_ROWS, since each
@@ -33,9 +35,13 @@ def run(problem: Problem) -> None:
     """Compute the problem into its `out` and `lse`."""
     if problem.out.size == 0 and (problem.lse is None or problem.lse.size == 0):
         return  # without a loop over batch entries that have nothing to compute
+    *batch, num_heads, q_len, _ = problem.query.shape
+    lengths = problem.query_lengths
+    rows = math.prod(batch) * q_len if lengths is None else int(lengths.sum())
+    count = Count(problem.progress, rows * num_heads)
     with np.errstate(all="ignore"):  # infinities and NaN in the data give what the formula gives
-        for index in np.ndindex(problem.query.shape[:-3]):
-            _run_batch_entry(problem, index)
+        for index in np.ndindex(*batch):
+            _run_batch_entry(problem, index, count)
 
 
 class Rows(NamedTuple):
@@ -119,7 +125,7 @@ def batch_entry(p: Problem, index: tuple[int, ...]) -> Entry:
     )
 
 
-def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
+def _run_batch_entry(p: Problem, index: tuple[int, ...], count: Count) -> None:
     entry = batch_entry(p, index)
     num_heads, q_len, _ = entry.query.shape
     num_kv_heads, kv_len = p.key.shape[-3], entry.kv_len
@@ -131,7 +137,9 @@ def _run_batch_entry(p: Problem, index: tuple[int, ...]) -> None:
     for kv_head in range(0, num_kv_heads, heads_at_once):
         kv_heads = slice(kv_head, min(kv_head + heads_at_once, num_kv_heads))
         for row in range(0, q_len, rows_at_once):
-            _run_block(p, entry, kv_heads, group, slice(row, min(row + rows_at_once, q_len)))
+            rows = slice(row, min(row + rows_at_once, q_len))
+            _run_block(p, entry, kv_heads, group, rows)
+            count.add((kv_heads.stop - kv_heads.start) * group * (rows.stop - rows.start))
 
 
 def _run_block(p: Problem, entry: Entry, kv_heads: slice, group: int, rows: slice) -> None:

@@ -5,12 +5,14 @@ See `_python_engine`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from ._dtypes import Array
 from ._problem.problem import Problem
+from ._progress import Count
 from ._python_engine import (
     BLOCK_SCORES,
     Entry,
@@ -28,8 +30,10 @@ def run(p: Problem) -> None:
     heads = range(p.query.shape[-3]) if p.heads is None else p.heads.tolist()
     rows = np.arange(p.query.shape[-2]) if p.rows is None else p.rows
     at_once = max(1, BLOCK_SCORES // max(1, p.kv_len))
+    batch = p.query.shape[:-3]
+    count = Count(p.progress, math.prod(batch) * len(heads) * len(rows))
     with np.errstate(all="ignore"):  # infinities and NaN in the data give what the formula gives
-        for index in np.ndindex(p.query.shape[:-3]):
+        for index in np.ndindex(batch):
             entry = batch_entry(p, index)
             for at, head in enumerate(heads):
                 received = np.zeros(p.kv_len)
@@ -43,6 +47,7 @@ def run(p: Problem) -> None:
                         _write_statistics(p, part, head, p.out[index][at, block])
                     else:
                         _write_block(p, part, head, lse, p.out[index][at, block])
+                    count.add(len(rows[block]))
                 if p.stage == "received":
                     p.out[index][at, 0] = received
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, Unpack, overload
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, KeyRanges, VarlenOptions, Window
-from ._problem.output import output
+from ._options import Ints, KeyRanges, Progress, VarlenOptions, Window
+from ._problem.output import output, watch
 from ._problem.problem import Problem
 from ._problem.scoring import limit_keys, scoring
 from ._problem.tensors import packed
@@ -85,6 +85,7 @@ def varlen_attention(
     num_threads: int | None = None,
     dtype: Any = None,
     out_dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""Compute attention within each of several sequences that are packed one after another.
 
@@ -104,7 +105,7 @@ def varlen_attention(
         ``query[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]``.
     cu_seqlens_k : ints, shape (sequences + 1,), optional
         Likewise for key and value; `cu_seqlens_q` by default.
-    is_causal, scale, window, softcap, sinks, return_lse, num_threads, dtype, out_dtype
+    is_causal, scale, window, softcap, sinks, return_lse, num_threads, dtype, out_dtype, progress
         As in `scaled_dot_product_attention`.
     enable_gqa : bool
         Allow Hq to be a multiple of Hkv, as it is by default here.
@@ -169,4 +170,6 @@ def varlen_attention(
     if key_lengths is not None:
         limit_keys(p, key_lengths)
     output(p, out, return_lse, num_threads, out_dtype)
+    if progress is not None:
+        watch(p, progress)
     return solve(p)

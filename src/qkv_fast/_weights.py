@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import Array
-from ._options import Ints, KeyRanges, Window
-from ._problem.output import output_of_weights
+from ._options import Ints, KeyRanges, Progress, Window
+from ._problem.output import output_of_weights, watch
 from ._problem.problem import Problem
 from ._problem.selection import scores, selection
 
@@ -36,6 +36,7 @@ def attention_weights(
     out: Any = None,
     num_threads: int | None = None,
     dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Array:
     r"""Return the weights that `scaled_dot_product_attention` gives each key, or its scores.
 
@@ -70,7 +71,7 @@ def attention_weights(
     out : ndarray or tensor, of the result's shape and dtype, optional
         Where the result goes, and what is returned. It may overlap any input: the answer is as if
         it did not. A memory map serves where the weights exceed the memory.
-    num_threads, dtype
+    num_threads, dtype, progress
         As in `scaled_dot_product_attention`.
 
     Returns
@@ -97,7 +98,8 @@ def attention_weights(
 
     On CPUs that multiply bfloat16, the op rounds its weights to that type. These are not rounded.
 
-    A call that is interrupted (KeyboardInterrupt) leaves `out` undefined.
+    A call that is interrupted (KeyboardInterrupt), or whose `progress` raises, leaves `out`
+    undefined.
 
     See Also
     --------
@@ -129,6 +131,8 @@ def attention_weights(
            alibi_slopes, sinks, key_lengths, dtype, attn_bias, key_ranges)  # fmt: skip
     selection(p, stage, rows, heads, lse)
     output_of_weights(p, out, num_threads)
+    if progress is not None:
+        watch(p, progress)
     solve(p)
     weights: Array = p.result
     return weights

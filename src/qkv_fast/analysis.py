@@ -23,9 +23,9 @@ import numpy as np
 
 from ._dispatch import notify_call_start, solve
 from ._dtypes import FLOAT64, Array
-from ._options import Ints, KeyRanges, Window
+from ._options import Ints, KeyRanges, Progress, Window
 from ._patterns import head_similarity, induction_score, previous_token_score, rollout
-from ._problem.output import output_of_weights
+from ._problem.output import output_of_weights, watch
 from ._problem.problem import Problem
 from ._problem.selection import choose, scores
 
@@ -88,6 +88,7 @@ def attention_received(
     out: Any = None,
     num_threads: int | None = None,
     dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Array:
     r"""Return how much attention each key receives: the sum of its weights over the queries.
 
@@ -112,7 +113,7 @@ def attention_received(
         over the keys is not needed then. See `attention_weights`.
     out : ndarray or tensor, of the result's shape and dtype, optional
         Where the result goes, and what is returned. It may overlap any input.
-    num_threads, dtype
+    num_threads, dtype, progress
         As in `scaled_dot_product_attention`.
 
     Returns
@@ -159,6 +160,8 @@ def attention_received(
     if p.heads is None:  # a KV group's query heads are summed apart, so none are computed together
         p.heads = np.arange(p.query.shape[-3])
     output_of_weights(p, out, num_threads)
+    if progress is not None:
+        watch(p, progress)
     solve(p)
     received: Array = p.result
     return received
@@ -184,6 +187,7 @@ def attention_statistics(
     key_lengths: Ints | None = None,
     num_threads: int | None = None,
     dtype: Any = None,
+    progress: Progress | None = None,
 ) -> Statistics:
     r"""Return what describes each query's weights: entropy, largest weight, distance, shares.
 
@@ -197,7 +201,7 @@ def attention_statistics(
         The query rows and heads that are computed, in this order, as in `attention_weights`.
     query_offset, window, softcap, alibi_slopes, sinks, attn_bias, key_ranges, key_lengths
         As in `scaled_dot_product_attention`.
-    num_threads, dtype
+    num_threads, dtype, progress
         As in `scaled_dot_product_attention`.
 
     Returns
@@ -249,6 +253,8 @@ def attention_statistics(
            alibi_slopes, sinks, key_lengths, dtype, attn_bias, key_ranges)  # fmt: skip
     choose(p, "statistics", rows, heads)
     output_of_weights(p, None, num_threads)
+    if progress is not None:
+        watch(p, progress)
     numbers = np.asarray(solve(p))
     real = np.float64 if p.code == FLOAT64 else np.float32
     dtypes = [np.int64 if name == "max_key" else real for name in Statistics._fields]

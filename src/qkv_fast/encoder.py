@@ -23,6 +23,7 @@ from ._dtypes import CODES, FLOAT64, SWAPPED, Array, code_of, named, reals
 from ._layer import MultiHeadAttention
 from ._linear import linear
 from ._norm import rms_norm
+from ._options import Progress
 from ._problem.arguments import as_array, flag, integer, integers, shown
 
 __all__ = ["Encoder", "EncoderLayer", "Linear", "Norm", "find_minilm"]
@@ -284,16 +285,31 @@ class Encoder:
 
     @overload
     def __call__(
-        self, ids: Any, *, token_types: Any = ..., need_weights: Literal[False] = ...
+        self,
+        ids: Any,
+        *,
+        token_types: Any = ...,
+        need_weights: Literal[False] = ...,
+        progress: Progress | None = ...,
     ) -> Array: ...
 
     @overload
     def __call__(
-        self, ids: Any, *, token_types: Any = ..., need_weights: Literal[True]
+        self,
+        ids: Any,
+        *,
+        token_types: Any = ...,
+        need_weights: Literal[True],
+        progress: Progress | None = ...,
     ) -> tuple[Array, Array]: ...
 
     def __call__(
-        self, ids: Any, *, token_types: Any = None, need_weights: bool = False
+        self,
+        ids: Any,
+        *,
+        token_types: Any = None,
+        need_weights: bool = False,
+        progress: Progress | None = None,
     ) -> Array | tuple[Array, Array]:
         """Compute the hidden states of the last layer.
 
@@ -306,6 +322,8 @@ class Encoder:
             A type for each token, as a model of sentence pairs has it; 0 by default.
         need_weights : bool
             Also return what each head of each layer gives each token.
+        progress : callable, optional
+            Called as ``progress(done, total)`` with the layers that are done, after each.
 
         Returns
         -------
@@ -343,7 +361,7 @@ class Encoder:
         x += self._types[types]
         x = self._norm(x)
         weights: list[Array] = []
-        for layer in self.layers:
+        for done, layer in enumerate(self.layers, 1):
             if need_weights:
                 mixed, given_weights = layer.attention(
                     x, key_padding_mask=is_padding, need_weights=True
@@ -356,13 +374,15 @@ class Encoder:
             x = layer.attention_norm(mixed)
             _add_mlp(layer, x.reshape(-1, self.width))
             x = layer.norm(x)
+            if progress is not None:
+                progress(done, len(self.layers))
         x[is_padding] = 0
         if not need_weights:
             return x[0] if is_one else x
         stacked: Array = np.stack(weights)
         return (x[0], stacked[:, 0]) if is_one else (x, stacked)
 
-    def embed(self, texts: str | Sequence[str]) -> Array:
+    def embed(self, texts: str | Sequence[str], *, progress: Progress | None = None) -> Array:
         """Return a unit vector for each text: the direction of its tokens' mean hidden state.
 
         This is what sentence-transformers computes for all-MiniLM-L6-v2 (Reimers and Gurevych
@@ -372,6 +392,8 @@ class Encoder:
         ----------
         texts : str or sequence of str
             Of each, the first `max_length` tokens count. (sentence-transformers takes 256.)
+        progress : callable, optional
+            Called as ``progress(done, total)`` with the texts that are done, after each batch.
 
         Returns
         -------
@@ -393,6 +415,8 @@ class Encoder:
             count = max(1, TOKENS_AT_ONCE // len(ids[order[0]]))
             now, order = order[:count], order[count:]
             sums[now] = self([ids[i] for i in now]).sum(axis=1)
+            if progress is not None:
+                progress(len(ids) - len(order), len(ids))
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         sums /= np.maximum(norms, np.finfo(self.dtype).tiny)
         return sums[0] if isinstance(texts, str) else sums

@@ -29,7 +29,7 @@ Declarations that all of them share:
     kernels.pxd     the C headers
 """
 
-from .engine import Runner
+from .engine import Runner, kept_scratch, release_scratch
 from .isa import best_isa, compiler, isas
 from .parallel import assume_cpus, limit_cpus, notify_call_start, team_calls, threading
 from .probes import fma_peak, read_bandwidth, read_once
@@ -48,10 +48,12 @@ __all__ = [
     "fma_peak",
     "info",
     "isas",
+    "kept_scratch",
     "limit_cpus",
     "notify_call_start",
     "read_bandwidth",
     "read_once",
+    "release_scratch",
     "team_calls",
 ]
 

@@ -2,6 +2,7 @@
 
 cimport cython
 cimport numpy as cnp
+from cpython.ref cimport PyObject
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -21,13 +22,25 @@ from .statistics cimport (
     run_received_task, run_statistics_task,
 )
 from .tuning cimport BATCHES_PER_LOOK, KEPT_BYTES, PAGE, SHORT_WORK
-from .types cimport PartialState, Plan, TaskOffset, lanes_per_step, round_up
+from .types cimport Interrupt, PartialState, Plan, TaskOffset, lanes_per_step, round_up
 from .weights cimport (
     WeightsCall, count_weights_tasks, lay_out_weights, plan_weights, run_weights_task,
     view_selection,
 )
 
 cnp.import_array()
+
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #if defined(__GLIBC__)
+    #include <malloc.h>
+    static void give_back_free_memory(void) { malloc_trim(0); }
+    #else
+    static void give_back_free_memory(void) {}
+    #endif
+    """
+    void give_back_free_memory()
 
 cdef object blas = None                 # the module, from its first use on
 
@@ -53,27 +66,53 @@ cdef class Arena:
         return <char *>((<uintptr_t>self.memory + PAGE - 1) & ~<uintptr_t>(PAGE - 1))
 
 
-cdef list idle_arenas = []              # as many as calls ever ran at the same time
+cdef list idle_arenas = []              # of KEPT_BYTES in all at most
+cdef size_t idle_bytes = 0
 
 
 cdef Arena take_arena(size_t size):
     """Return an arena of at least so many bytes, an idle one if it is large enough."""
+    global idle_bytes
     cdef Arena arena
     if idle_arenas:
         arena = idle_arenas.pop()
+        idle_bytes -= arena.size
         if arena.size >= size:
             return arena
     return Arena(size)
 
 
 cdef int keep_arena(Arena arena) except -1:
-    """Keep an arena for the next call, unless it is large."""
-    if arena.size <= KEPT_BYTES:
+    """Keep an arena for the next call, unless that is too much with those that are kept."""
+    global idle_bytes
+    if idle_bytes + arena.size <= KEPT_BYTES:
         idle_arenas.append(arena)
+        idle_bytes += arena.size
     return 0
 
 
+def release_scratch():
+    """Free the arenas that no call uses, and have the C library give free memory back."""
+    global idle_bytes
+    idle_arenas.clear()
+    idle_bytes = 0
+    give_back_free_memory()
+
+
+def kept_scratch():
+    """Return the bytes of the arenas that no call uses, for tests."""
+    return idle_bytes
+
+
 # --- A call -------------------------------------------------------------------------------------
+
+cdef int follow(Interrupt *interrupt, problem) except -1:
+    """Have the problem's function told of the call's progress, if it has one."""
+    progress = problem.progress         # which the problem keeps alive
+    if progress is not None:
+        interrupt.progress = <PyObject *>progress
+    return 0
+
 
 cdef bint is_empty(problem) except -1:
     """Return whether there is nothing to write, or no head to read."""
@@ -146,7 +185,8 @@ cdef int compute(Launch *launch, int threads, double *busy) except -1:
     launch.partials = <char *>launch.offsets + offsets_bytes
     launch.tile_partials = launch.partials + partials_bytes
     with nogil:
-        set_offsets(launch)
+        set_offsets(launch)             # counts the tasks anew, now that their sizes are chosen
+        launch.interrupt.total = launch.totals.task
         if not launch.interrupt.stop:
             run_tasks(run_task, launch, launch.totals.task, threads, &launch.interrupt, busy,
                       launch.work < SHORT_WORK)
@@ -178,6 +218,7 @@ cdef int write_weights(WeightsCall *call, int threads, bint are_weights) except 
     cdef Py_ssize_t tasks = (lay_out_weights(call, threads) if are_weights
                              else lay_out_statistics(call, threads))
     cdef Arena arena = take_arena(<size_t>threads * call.launch.scratch_bytes)
+    call.launch.interrupt.total = tasks
     call.launch.scratch = arena.aligned()
     with nogil:
         run_tasks(function, call, tasks, threads, &call.launch.interrupt, NULL,
@@ -209,17 +250,18 @@ cdef int write_received(WeightsCall *call, int threads) except -1:
     """Run both passes of a planned call for what the keys receive."""
     cdef Launch *launch = &call.launch
     cdef Py_ssize_t tasks = lay_out_received(call, threads)
+    cdef Py_ssize_t ranges = count_ranges(call, call.range_keys)
     cdef bint is_short = launch.work < SHORT_WORK
     cdef Arena arena = take_arena(
         <size_t>threads * launch.scratch_bytes + 2 * <size_t>norms_bytes(call))
+    launch.interrupt.total = tasks + ranges
     launch.scratch = arena.aligned()
     call.row_max = launch.scratch + threads * launch.scratch_bytes
     call.row_weight = call.row_max + norms_bytes(call)
     with nogil:
         run_tasks(run_norms_task, call, tasks, threads, &launch.interrupt, NULL, is_short)
         if not launch.interrupt.stop:
-            run_tasks(run_received_task, call, count_ranges(call, call.range_keys), threads,
-                      &launch.interrupt, NULL, is_short)
+            run_tasks(run_received_task, call, ranges, threads, &launch.interrupt, NULL, is_short)
     keep_arena(arena)
     return raise_pending(&launch.interrupt)
 
@@ -260,6 +302,7 @@ cdef class Runner:
             return
         memset(&launch, 0, sizeof(Launch))
         view_problem(&launch.prefill, problem)
+        follow(&launch.interrupt, problem)
         if busy is None:
             execute(&launch, self, budget, NULL)
         else:
@@ -277,6 +320,7 @@ cdef class Runner:
         memset(&call, 0, sizeof(WeightsCall))
         view_problem(&call.launch.prefill, problem)
         view_selection(&call, problem)
+        follow(&call.launch.interrupt, problem)
         if self.uses_blas:
             budget = blas.limit_threads(budget)
             plan_weights(&call, self.prefill)

@@ -7,7 +7,7 @@ cdef void run_tasks(task_function function, const void *context, Py_ssize_t task
 cdef int begin_call(double work, int budget) noexcept
 cdef void end_call() noexcept
 cdef void look_for_signals(Interrupt *interrupt) noexcept nogil
-cdef int raise_pending(const Interrupt *interrupt) except -1
+cdef int raise_pending(Interrupt *interrupt) except -1
 
 
 cdef inline bint goes_on(const Plan *plan, const HeadView *head, Py_ssize_t *blocks) noexcept nogil:

@@ -1,4 +1,4 @@
-"""The one place with threads, and with the signals that end a call.
+"""The one place with threads, and with what ends a call early: signals, a caller's function.
 
 Tasks run on the library's own pool (csrc/runtime/thread_pool.h says why) or on the OpenMP team of
 another library while that is awake (csrc/runtime/openmp_team.c); where QKV_FAST_OPENMP=1 was set
@@ -7,6 +7,7 @@ for the build, in OpenMP's prange.
 
 import os
 
+from cpython.ref cimport PyObject
 from cython.parallel cimport prange, threadid
 
 from .kernels cimport (
@@ -17,7 +18,10 @@ from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
 from .types cimport Interrupt
 
 cdef extern from "Python.h":
-    int PyErr_CheckSignals()    # an exception of a handler stays set, for raise_pending
+    # An exception of the caller's code stays set, for raise_pending.
+    int PyErr_CheckSignals()
+    PyObject *PyObject_CallFunction(PyObject *, const char *, ...)
+    void Py_DECREF(PyObject *)
 
 cdef extern from "time.h" nogil:
     cdef struct timespec:
@@ -33,8 +37,12 @@ cdef extern from *:
     #else
     #define QKV_OPENMP 0
     #endif
+    #define QKV_ADD(counter, n) __atomic_fetch_add(counter, n, __ATOMIC_RELAXED)
+    #define QKV_LOAD(counter) __atomic_load_n(counter, __ATOMIC_RELAXED)
     """
     int QKV_OPENMP
+    Py_ssize_t QKV_ADD(Py_ssize_t *, Py_ssize_t) nogil
+    Py_ssize_t QKV_LOAD(Py_ssize_t *) nogil
 
 cdef struct TaskLoop:
     task_function function
@@ -53,13 +61,27 @@ cdef double seconds_now() noexcept nogil:
     return t.tv_sec + 1e-9 * t.tv_nsec
 
 
-cdef bint handler_raised() noexcept with gil:
-    """Run the handlers of signals that came; threads other than the main one get none."""
-    return PyErr_CheckSignals() != 0
+cdef bint progress_raised(Interrupt *interrupt) noexcept:
+    """Tell the caller's function how many tasks are done."""
+    cdef PyObject *answer
+    if interrupt.progress == NULL or interrupt.total == 0:
+        return False
+    answer = PyObject_CallFunction(
+        <PyObject *>interrupt.progress, "nn", QKV_LOAD(&interrupt.done), interrupt.total)
+    if answer == NULL:
+        return True
+    Py_DECREF(answer)
+    return False
+
+
+cdef bint caller_raised(Interrupt *interrupt) noexcept with gil:
+    """Run the handlers of signals that came, of which only the main thread gets some."""
+    return PyErr_CheckSignals() != 0 or progress_raised(interrupt)
 
 
 cdef void look_for_signals(Interrupt *interrupt) noexcept nogil:
-    """Look whether a signal ends the call; on the calling thread only, where exceptions belong."""
+    """Look whether the caller ends the call; on the calling thread only, where exceptions belong.
+    """
     cdef double now
     if interrupt.stop:
         return
@@ -67,17 +89,17 @@ cdef void look_for_signals(Interrupt *interrupt) noexcept nogil:
     if interrupt.next_look == 0:        # the call has just begun
         interrupt.next_look = now + 1e-3 * SIGNAL_MILLISECONDS
     elif now >= interrupt.next_look:
-        interrupt.stop = handler_raised()
+        interrupt.stop = caller_raised(interrupt)
         interrupt.next_look = seconds_now() + 1e-3 * SIGNAL_MILLISECONDS
 
 
-cdef int raise_pending(const Interrupt *interrupt) except -1:
-    """Raise what a signal's handler has raised."""
-    return -1 if interrupt.stop else 0
+cdef int raise_pending(Interrupt *interrupt) except -1:
+    """Raise what the caller's code has raised; else tell its function that all is done."""
+    return -1 if interrupt.stop or progress_raised(interrupt) else 0
 
 
 cdef void run_one(const void *context, int thread, Py_ssize_t task) noexcept nogil:
-    """Run a task of a loop, unless a signal ended it."""
+    """Run a task of a loop, unless the caller's code ended it."""
     cdef const TaskLoop *loop = <const TaskLoop *>context
     cdef double begin
     if loop.interrupt != NULL:
@@ -87,10 +109,12 @@ cdef void run_one(const void *context, int thread, Py_ssize_t task) noexcept nog
             return
     if loop.busy == NULL:
         loop.function(loop.context, thread, task)
-        return
-    begin = seconds_now()
-    loop.function(loop.context, thread, task)
-    loop.busy[thread] += seconds_now() - begin
+    else:
+        begin = seconds_now()
+        loop.function(loop.context, thread, task)
+        loop.busy[thread] += seconds_now() - begin
+    if loop.interrupt != NULL and loop.interrupt.progress != NULL:
+        QKV_ADD(&loop.interrupt.done, 1)
 
 
 cdef void wait_for_others(const void *context) noexcept nogil:

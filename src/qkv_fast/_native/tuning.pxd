@@ -93,12 +93,12 @@ cdef enum:  # decide how fast a call is
     # Multiply-adds below which no sleeping worker is woken, unless calls follow each other fast
     # (FREQUENT in csrc/runtime/thread_pool.c; about 90 us of one thread there).
     SHORT_WORK = 1 << 20
-    # A call looks for signals so often, and at the clock after so many multiply-adds, which take
+    # A call looks for signals and tells of its progress so often, and looks at the clock after so many multiply-adds, which take
     # a millisecond or less, or after planning so many batch entries.
     SIGNAL_MILLISECONDS = 100
     CLOCK_WORK = 1 << 24
     BATCHES_PER_LOOK = 1 << 14
-    # The scratch of a call is kept for the next one if it is not larger than this.
+    # The scratch of calls is kept for the next ones, so many bytes in all at most.
     KEPT_BYTES = 32 << 20
     # The products of a layer (linear.pyx), chosen on Zen 4 with AVX-512 and with AVX2 kernels
     # (bench_layers.py). Features of a block: 128 and 32 are up to 10 % slower with AVX2. Tiles of a

@@ -43,8 +43,10 @@ cdef struct TensorView:
 
 
 cdef struct Interrupt:
-    bint stop                           # a signal's handler raised: leave the rest undone
+    bint stop                           # the caller's code raised: leave the rest undone
     double next_look                    # when the calling thread looks for signals again
+    void *progress                      # the caller's function of (done, total), or NULL
+    Py_ssize_t done, total              # tasks of the call; counted for that function alone
 
 
 cdef struct ScratchLayout:              # offsets in bytes; arrays follow one another in this order

@@ -22,6 +22,7 @@ from .._dtypes import (
     result_dtype,
 )
 from .._memory import available_memory
+from .._options import Progress
 from .._threads import checked, get_num_threads
 from .arguments import as_array, flag, is_tensor, shown
 from .problem import Problem
@@ -60,6 +61,15 @@ def output(p: Problem, out: Any, return_lse: Any, num_threads: Any, out_dtype: A
         lse: Array = np.empty(shape[:-1], np.float64 if p.code == FLOAT64 else np.float32)
         p.lse_result = lse
         p.lse = lse if like is p.query else _as_batch(p, lse)
+
+
+def watch(p: Problem, progress: Progress) -> None:
+    """Set the function that is told of the call's progress."""
+    if not callable(progress):
+        raise TypeError(
+            f"progress is {shown(progress)}: it must be a function of (done, total), or None"
+        )
+    p.progress = progress
 
 
 def output_of_weights(p: Problem, out: Any, num_threads: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._dtypes import Array
+from .._options import Progress
 
 UNBOUNDED = 1 << 62  # of a window's side
 
@@ -73,6 +74,8 @@ class Problem:
     key_ends: Array | None = None
 
     num_threads: int
+    # The caller's function of (done, total), which is told of the call's progress now and then.
+    progress: Progress | None = None
 
     # Of `attention_weights` and `analysis` alone: what is written, and which query heads and rows
     # (int64, along one axis; None: all) are computed, in their order. Besides the stages that

@@ -72,8 +72,9 @@ def measure(
 
 
 def progress(text: str) -> None:
-    """Show where it is on the terminal's last line."""
-    print(f"\r{text:<70}\r", end="", file=sys.stderr, flush=True)
+    """Show where it is on the terminal's last line, if standard error is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<70}\r", end="", file=sys.stderr, flush=True)
 
 
 def best_ratio(row: Row) -> float | None:
