@@ -16,6 +16,7 @@ from .plan cimport (
     lay_out_prefill, limit_to_blas, plan_decode, plan_prefill, view_problem,
 )
 from .schedule cimport count_tasks, run_task, set_offsets
+from .shared cimport Lock, lock, unlock
 from .statistics cimport (
     count_ranges, lay_out_received, lay_out_statistics, norms_bytes, run_norms_task,
     run_received_task, run_statistics_task,
@@ -54,22 +55,29 @@ cdef class Arena:
 
 
 cdef list idle_arenas = []              # as many as calls ever ran at the same time
+cdef Lock idle_lock                     # what holds it runs no code of others
 
 
 cdef Arena take_arena(size_t size):
     """Return an arena of at least so many bytes, an idle one if it is large enough."""
-    cdef Arena arena
+    cdef Arena arena = None
+    lock(&idle_lock)
     if idle_arenas:
         arena = idle_arenas.pop()
-        if arena.size >= size:
-            return arena
+    unlock(&idle_lock)
+    if arena is not None and arena.size >= size:
+        return arena
     return Arena(size)
 
 
 cdef int keep_arena(Arena arena) except -1:
     """Keep an arena for the next call, unless it is large."""
     if arena.size <= KEPT_BYTES:
-        idle_arenas.append(arena)
+        lock(&idle_lock)
+        try:
+            idle_arenas.append(arena)
+        finally:
+            unlock(&idle_lock)
     return 0
 
 
@@ -240,8 +248,8 @@ cdef class Runner:
         cdef bint is_double = code == QKV_FLOAT64
         self.uses_blas = gemm == "blas"
         if self.uses_blas:
-            from . import blas          # SciPy's, whose import takes a quarter of a second
-
+            if blas is None:
+                from . import blas      # SciPy's, whose import takes a quarter of a second
             self.prefill = <const qkv_tile_kernels *><size_t>blas.table_address(index, is_double)
         else:
             self.prefill = table_of(index, code)
