@@ -131,7 +131,7 @@ def jobs(rng: np.random.Generator) -> list[Job]:
     shared = [qkv_fast.KVCache(2, 2, 80, 24), qkv_fast.KVCache(2, 2, 80, 24, page_size=8)]
     for cache in shared:
         cache.append(normal(rng, (2, 2, 50, 24)), normal(rng, (2, 2, 50, 24)), counts=[50, 31])
-    return (attention_jobs(rng) + backend_jobs(rng) + stored_jobs(rng, shared) + other_jobs(rng))
+    return attention_jobs(rng) + backend_jobs(rng) + stored_jobs(rng, shared) + other_jobs(rng)
 
 
 def bits(result: Any) -> Any:

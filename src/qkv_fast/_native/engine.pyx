@@ -30,8 +30,6 @@ from .weights cimport (
 
 cnp.import_array()
 
-cdef object blas = None                 # the module, from its first use on
-
 
 # --- Scratch: kept between calls ----------------------------------------------------------------
 
@@ -166,7 +164,7 @@ cdef int execute(Launch *launch, Runner runner, int budget, double *busy) except
     """Compute what the views of an otherwise empty launch show, with at most `budget` threads."""
     cdef int threads
     if runner.uses_blas:
-        budget = blas.limit_threads(budget)
+        budget = runner.blas.limit_threads(budget)
     plan_algorithms(launch, runner)
     count_interruptibly(launch)
     if launch.totals.task == 0:
@@ -243,13 +241,13 @@ cdef class Runner:
 
     def __init__(self, int code, str gemm, str isa, double occupancy=0,
                  double occupancy_converted=0):
-        global blas
         cdef int index = index_of(isa)
         cdef bint is_double = code == QKV_FLOAT64
         self.uses_blas = gemm == "blas"
         if self.uses_blas:
-            if blas is None:
-                from . import blas      # SciPy's, whose import takes a quarter of a second
+            from . import blas          # SciPy's, whose import takes a quarter of a second
+
+            self.blas = blas
             self.prefill = <const qkv_tile_kernels *><size_t>blas.table_address(index, is_double)
         else:
             self.prefill = table_of(index, code)
@@ -286,7 +284,7 @@ cdef class Runner:
         view_problem(&call.launch.prefill, problem)
         view_selection(&call, problem)
         if self.uses_blas:
-            budget = blas.limit_threads(budget)
+            budget = self.blas.limit_threads(budget)
             plan_weights(&call, self.prefill)
             limit_to_blas(&call.launch.prefill)
         else:                           # decode's kernels take reals
@@ -313,8 +311,8 @@ cdef class Runner:
         if y.size == 0:
             return
         if self.uses_blas and weight.dtype == y.dtype:
-            blas.limit_threads(num_threads)
-            blas.linear(x, weight, bias, y)
+            self.blas.limit_threads(num_threads)
+            self.blas.linear(x, weight, bias, y)
             return
         memset(&call, 0, sizeof(LinearCall))
         view_linear(&call, self.decode, x, weight, weight_code, bias, y)

@@ -1,8 +1,8 @@
 """What several Python threads change: without cost in a build of Python that has the GIL.
 
 add_to_count, lock and unlock are for code that holds the GIL where there is one: there the first is
-a plain sum and the others do nothing. A forked child finds no lock taken, because free-threaded
-Python forks only while every other thread stands outside of code that is attached to it.
+a plain sum and the others do nothing. A forked child finds no lock taken: free-threaded Python stops
+all other threads before it forks, and none can be stopped while it holds a lock.
 
 flag is for what the threads of one call share, in any build.
 """
