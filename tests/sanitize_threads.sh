@@ -17,7 +17,7 @@ python=${PYTHON:-python}
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$(mktemp -d)}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- tests/engine/test_free_threading.py -k at_once
+[ $# -gt 0 ] || set -- tests/engine/test_free_threading.py -k "at_once or counted"
 
 if ! ls "$folder"/src/qkv_fast/_native/engine*.so >/dev/null 2>&1; then
     mkdir -p "$folder"

@@ -12,8 +12,15 @@ cdef extern from *:
     typedef _Atomic int qkv_flag;
     #ifdef Py_GIL_DISABLED
     typedef PyMutex qkv_lock;
+    #ifdef __SANITIZE_THREAD__  /* it does not see how the interpreter orders memory */
+    void __tsan_acquire(void *);
+    void __tsan_release(void *);
+    #define qkv_lock_acquire(lock) (PyMutex_Lock(lock), __tsan_acquire(lock))
+    #define qkv_lock_release(lock) (__tsan_release(lock), PyMutex_Unlock(lock))
+    #else
     #define qkv_lock_acquire(lock) PyMutex_Lock(lock)
     #define qkv_lock_release(lock) PyMutex_Unlock(lock)
+    #endif
     #define qkv_add_to_count(count, n) __atomic_add_fetch(count, n, __ATOMIC_RELAXED)
     #else
     typedef char qkv_lock;
