@@ -72,6 +72,7 @@ class BuildExtension(build_ext):
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": False,
+            "freethreading_compatible": True,
         }
 
     def run(self):

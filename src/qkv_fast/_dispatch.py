@@ -74,6 +74,7 @@ class _NoShortcuts:
 
 
 shortcuts: Any = _NoShortcuts  # see _native/shortcut.pyx
+_unconnected = [True]  # whoever takes the entry connects the shortcuts, before any call uses them
 
 
 def solve(p: Problem) -> Array | tuple[Array, Array]:
@@ -95,7 +96,7 @@ def runner_of(code: int) -> _Runner:
     key = (requested.get(), code)
     runner = _runners.get(key)
     if runner is None:
-        runner = _runners[key] = _runner(*key)
+        runner = _runners.setdefault(key, _runner(*key))  # no thread's is replaced
     return runner
 
 
@@ -107,12 +108,20 @@ def _runner(request: Request | None, code: int) -> _Runner:
         _warn_without_native(request)
         return _PythonRunner()
     native = native_module()
-    if shortcuts is _NoShortcuts:
+    if shortcuts is _NoShortcuts and _may_connect():
         native.connect(requested, _runners, get_num_threads)
         shortcuts = native
     occupancies = decode_occupancy(choice, code)
     runner: _Runner = native.Runner(code, choice.tiles, choice.isa, *occupancies)
     return runner
+
+
+def _may_connect() -> bool:
+    """Return True once: of several threads' first calls, one connects the shortcuts."""
+    try:
+        return _unconnected.pop()
+    except IndexError:
+        return False
 
 
 def _warn_without_native(request: Request | None) -> None:

@@ -61,8 +61,12 @@ class KVCache:
     -----
     uint16 arrays mean bfloat16 everywhere here. What comes in may be CPU tensors of torch, as in
     `scaled_dot_product_attention`. Whatever raises leaves the cache as it was. ``copy.copy``,
-    ``copy.deepcopy`` and pickle give independent caches with storage of their own. A cache must not
-    be changed by one thread while another uses it.
+    ``copy.deepcopy`` and pickle give independent caches with storage of their own.
+
+    Any number of threads may call `attend`, `views` and the properties at the same time. A thread
+    that changes the cache (`append`, `extend`, `truncate`, `reset`, `reorder`, `fork`) needs a lock
+    of the caller's against all others that use it, as a NumPy array does. Without that the others'
+    results and the cache's contents are undefined, but no memory outside of the cache is touched.
 
     Examples
     --------

@@ -24,14 +24,15 @@ def load_native() -> ModuleType | None:
     if _native is None and not _native_error:
         try:
             with _short_spin():
-                _native = importlib.import_module(NATIVE)
+                native = importlib.import_module(NATIVE)
         except ImportError as error:
             _native_error = build_facts().get("reason") or str(error)
         else:
-            _notify = _native.notify_call_start
             quota = cgroup_quota()
             if quota is not None:
-                _native.limit_cpus(int(quota))
+                native.limit_cpus(int(quota))
+            _notify = native.notify_call_start
+            _native = native  # last: other threads may now use it
     return _native
 
 
@@ -85,4 +86,4 @@ def _short_spin() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ["GOMP_SPINCOUNT"]
+        os.environ.pop("GOMP_SPINCOUNT", None)  # another thread may have been here too

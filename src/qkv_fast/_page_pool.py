@@ -28,7 +28,8 @@ class PagePool:
     code : int
         The element type of keys and values.
     lengths : ndarray of int64, (batch,)
-        Tokens of each sequence.
+        Tokens of each sequence. It is replaced, never changed: a call of another thread that has it
+        divides its work by these numbers more than once.
     table : ndarray of int64, (batch, blocks)
         The page of each page_size tokens of a sequence; -1 where it has none.
     uses : ndarray of int64, (pages,)
@@ -196,7 +197,7 @@ class PagePool:
         )
         if fits:
             keys[...], values[...] = key, value
-            self.lengths += count
+            self.lengths = self.lengths + count
         return fits
 
     def grow(self, sequences: Array, counts: Array) -> None:
@@ -212,7 +213,7 @@ class PagePool:
         after = before + counts
         if not self.fixed:
             self._take_pages(sequences, before, after)
-        self.lengths[sequences] = after
+        self._set_lengths(sequences, after)
 
     def _take_pages(self, sequences: Array, before: Array, after: Array) -> None:
         """Take pages for new tokens; all is planned first, so too few free pages change nothing."""
@@ -295,7 +296,7 @@ class PagePool:
         """Keep the first tokens of sequences, `lengths` of each, and give back the other pages."""
         for sequence, length in zip(sequences, lengths, strict=True):
             self.give_back(sequence, -(-int(length) // self.page_size))
-        self.lengths[sequences] = lengths
+        self._set_lengths(sequences, lengths)
 
     def reorder(self, index: Array) -> None:
         """Let sequence i become what sequence index[i] was."""
@@ -309,13 +310,19 @@ class PagePool:
         """Let `target` have the first tokens of `source` in place of its own."""
         if self.fixed:
             self._copy_tokens(np.array([source]), np.array([target]), length)
-            self.lengths[target] = length
+            self._set_lengths(target, length)
         else:
             table, lengths = self.table.copy(), self.lengths.copy()
             table[target] = table[source]
             table[target, -(-length // self.page_size) :] = -1
             lengths[target] = length
             self._adopt(table, lengths)
+
+    def _set_lengths(self, sequences: int | Array, lengths: int | Array) -> None:
+        """Replace the lengths by others for these sequences."""
+        replaced = self.lengths.copy()
+        replaced[sequences] = lengths
+        self.lengths = replaced
 
     def _adopt(self, table: Array, lengths: Array) -> None:
         """Replace table and lengths, and count uses and free pages anew."""

@@ -26,6 +26,7 @@ Declarations that all of them share:
 
     types.pxd       the structures that these hand to each other
     tuning.pxd      every tuned number, with the benchmark that chose it
+    shared.pxd      counts, flags and locks that Python threads share
     kernels.pxd     the C headers
 """
 

@@ -25,6 +25,7 @@ from .isa cimport count_isas, table_of
 from .kernels cimport (
     QKV_FLOAT32, QKV_FLOAT64, qkv_prefetch_rows, qkv_span, qkv_tile_kernels,
 )
+from .shared cimport load_int, store_int
 from .tuning cimport BLAS_THREAD_BYTES, MAX_BLAS_THREADS, MAX_LANES, MAX_TABLES
 from .types cimport real
 
@@ -144,15 +145,15 @@ def limit_threads(int budget):
 
     MemoryError where there is no memory for their buffers.
     """
-    global threads_with_buffers
     cdef void *probe
+    cdef int known = load_int(&threads_with_buffers)
     budget = min(budget, MAX_BLAS_THREADS, <int>_threads.cpus())
-    if budget > threads_with_buffers:
-        probe = malloc(<size_t>(budget - threads_with_buffers) * BLAS_THREAD_BYTES)
+    if budget > known:
+        probe = malloc(<size_t>(budget - known) * BLAS_THREAD_BYTES)
         if probe == NULL:
             raise MemoryError(f"no memory for the buffers of BLAS on {budget} threads")
         free(probe)
-        threads_with_buffers = budget
+        store_int(&threads_with_buffers, budget)
     return budget
 
 

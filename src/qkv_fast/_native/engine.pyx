@@ -17,6 +17,7 @@ from .plan cimport (
     lay_out_prefill, limit_to_blas, plan_decode, plan_prefill, view_problem,
 )
 from .schedule cimport count_tasks, run_task, set_offsets
+from .shared cimport Lock, lock, unlock
 from .statistics cimport (
     count_ranges, lay_out_received, lay_out_statistics, norms_bytes, run_norms_task,
     run_received_task, run_statistics_task,
@@ -42,8 +43,6 @@ cdef extern from *:
     """
     void give_back_free_memory()
 
-cdef object blas = None                 # the module, from its first use on
-
 
 # --- Scratch: kept between calls ----------------------------------------------------------------
 
@@ -68,34 +67,44 @@ cdef class Arena:
 
 cdef list idle_arenas = []              # of KEPT_BYTES in all at most
 cdef size_t idle_bytes = 0
+cdef Lock idle_lock                     # of both; what holds it runs no code of others
 
 
 cdef Arena take_arena(size_t size):
     """Return an arena of at least so many bytes, an idle one if it is large enough."""
     global idle_bytes
-    cdef Arena arena
+    cdef Arena arena = None
+    lock(&idle_lock)
     if idle_arenas:
         arena = idle_arenas.pop()
         idle_bytes -= arena.size
-        if arena.size >= size:
-            return arena
+    unlock(&idle_lock)
+    if arena is not None and arena.size >= size:
+        return arena
     return Arena(size)
 
 
 cdef int keep_arena(Arena arena) except -1:
     """Keep an arena for the next call, unless that is too much with those that are kept."""
     global idle_bytes
-    if idle_bytes + arena.size <= KEPT_BYTES:
-        idle_arenas.append(arena)
-        idle_bytes += arena.size
+    lock(&idle_lock)
+    try:
+        if idle_bytes + arena.size <= KEPT_BYTES:
+            idle_arenas.append(arena)
+            idle_bytes += arena.size
+    finally:
+        unlock(&idle_lock)
     return 0
 
 
 def release_scratch():
     """Free the arenas that no call uses, and have the C library give free memory back."""
-    global idle_bytes
-    idle_arenas.clear()
-    idle_bytes = 0
+    global idle_arenas, idle_bytes
+    cdef list arenas, empty = []
+    lock(&idle_lock)
+    arenas, idle_arenas, idle_bytes = idle_arenas, empty, 0
+    unlock(&idle_lock)
+    arenas.clear()
     give_back_free_memory()
 
 
@@ -198,7 +207,7 @@ cdef int execute(Launch *launch, Runner runner, int budget, double *busy) except
     """Compute what the views of an otherwise empty launch show, with at most `budget` threads."""
     cdef int threads
     if runner.uses_blas:
-        budget = blas.limit_threads(budget)
+        budget = runner.blas.limit_threads(budget)
     plan_algorithms(launch, runner)
     count_interruptibly(launch)
     if launch.totals.task == 0:
@@ -277,13 +286,13 @@ cdef class Runner:
 
     def __init__(self, int code, str gemm, str isa, double occupancy=0,
                  double occupancy_converted=0):
-        global blas
         cdef int index = index_of(isa)
         cdef bint is_double = code == QKV_FLOAT64
         self.uses_blas = gemm == "blas"
         if self.uses_blas:
             from . import blas          # SciPy's, whose import takes a quarter of a second
 
+            self.blas = blas
             self.prefill = <const qkv_tile_kernels *><size_t>blas.table_address(index, is_double)
         else:
             self.prefill = table_of(index, code)
@@ -322,7 +331,7 @@ cdef class Runner:
         view_selection(&call, problem)
         follow(&call.launch.interrupt, problem)
         if self.uses_blas:
-            budget = blas.limit_threads(budget)
+            budget = self.blas.limit_threads(budget)
             plan_weights(&call, self.prefill)
             limit_to_blas(&call.launch.prefill)
         else:                           # decode's kernels take reals
@@ -349,8 +358,8 @@ cdef class Runner:
         if y.size == 0:
             return
         if self.uses_blas and weight.dtype == y.dtype:
-            blas.limit_threads(num_threads)
-            blas.linear(x, weight, bias, y)
+            self.blas.limit_threads(num_threads)
+            self.blas.linear(x, weight, bias, y)
             return
         memset(&call, 0, sizeof(LinearCall))
         view_linear(&call, self.decode, x, weight, weight_code, bias, y)

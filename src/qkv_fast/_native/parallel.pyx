@@ -14,6 +14,7 @@ from .kernels cimport (
     qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks, qkv_set_threading,
     qkv_team_jobs, qkv_usable_cpus,
 )
+from .shared cimport add_to_count, load_int, store_int
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
 from .types cimport Interrupt
 
@@ -51,7 +52,7 @@ cdef struct TaskLoop:
     double *busy                        # seconds that each thread was in tasks, or NULL
 
 THREADING = ("auto", "pool", "openmp")  # in the order of csrc/runtime/thread_pool.h
-cdef int active_calls = 0               # changed with the GIL held only
+cdef int active_calls = 0               # changed by add_to_count only
 cdef int cpu_quota = 1 << 16            # CPUs that the process may use the time of
 
 
@@ -153,16 +154,14 @@ cdef int begin_call(double work, int budget) noexcept:
     one thread. No call gets more threads than there are CPUs for: they would only wait for each
     other.
     """
-    global active_calls
-    active_calls += 1
+    cdef int calls = add_to_count(&active_calls, 1)
     if budget <= 1 or work < SERIAL_WORK or qkv_forked():
         return 1
-    return max(1, min(budget, cpu_quota, qkv_usable_cpus()) // active_calls)
+    return max(1, min(budget, load_int(&cpu_quota), qkv_usable_cpus()) // calls)
 
 
 cdef void end_call() noexcept:
-    global active_calls
-    active_calls -= 1
+    add_to_count(&active_calls, -1)
 
 
 def notify_call_start():
@@ -172,8 +171,7 @@ def notify_call_start():
 
 def limit_cpus(int quota):
     """Let no call use more threads than this, because the process has time for so many CPUs."""
-    global cpu_quota
-    cpu_quota = max(1, quota)
+    store_int(&cpu_quota, max(1, quota))
 
 
 def assume_cpus(int count):

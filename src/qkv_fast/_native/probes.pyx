@@ -8,6 +8,7 @@ from libc.stdint cimport uint64_t
 from .isa cimport index_of, index_of_best, table_of
 from .kernels cimport QKV_FLOAT32, qkv_tile_kernels
 from .parallel cimport run_tasks
+from .shared cimport flag
 
 cnp.import_array()
 
@@ -19,7 +20,7 @@ cdef struct Memory:
     const uint64_t *words
     Py_ssize_t count
 
-cdef uint64_t memory_sum = 0
+cdef flag last_sum = 0
 
 
 cdef void chain_multiply_adds(const void *context, int thread, Py_ssize_t task) noexcept nogil:
@@ -50,10 +51,10 @@ cdef void read_words(const void *context, int thread, Py_ssize_t task) noexcept 
     cdef const Memory *memory = <const Memory *>context
     cdef Py_ssize_t i = task * WORDS_PER_TASK
     cdef uint64_t total = 0
-    global memory_sum
+    global last_sum
     for i in range(i, min(memory.count, i + WORDS_PER_TASK)):
         total += memory.words[i]
-    memory_sum += total                 # so that the compiler leaves the loop in
+    last_sum = <int>total               # so that the compiler leaves the loop in
 
 
 def read_once(arrays, int threads):

@@ -25,11 +25,15 @@ cdef void plan_prefetch(const HeadView *head, const QueryTile *tile, const KVBlo
 
 cdef inline const char *find_row(const HeadRows *rows, int64_t key,
                                  Py_ssize_t *count) noexcept nogil:
-    """Return where the row of a key lies; lower *count to the rows from there on in its page."""
+    """Return where the row of a key lies; lower *count to the rows from there on in its page.
+
+    No page is -1, unless another thread changes a KVCache meanwhile: then it reads some page.
+    """
     cdef Py_ssize_t slot
+    cdef int64_t page
     if rows.pages == NULL:
         return rows.data + key * rows.view.row
     slot = key % rows.page_size
+    page = max(<int64_t>0, rows.pages[key // rows.page_size])
     count[0] = min(count[0], rows.page_size - slot)
-    return (rows.data + rows.pages[key // rows.page_size] * rows.view.batch_strides[0]
-            + slot * rows.view.row)
+    return rows.data + page * rows.view.batch_strides[0] + slot * rows.view.row

@@ -12,6 +12,7 @@ from cpython.ref cimport Py_INCREF, PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from .kernels cimport QKV_BFLOAT16, QKV_BOOL, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64
+from .shared cimport load_pointer, store_pointer
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_New(void *, int, cnp.npy_intp *, int, cnp.npy_intp *, void *, int, int,
@@ -44,17 +45,17 @@ cdef enum:  # of DLPack
     BFLOAT = 4
     BOOL = 6
 
-cdef object tensor_type = None          # torch.Tensor, once one was met that has the functions
-cdef DLPackExchangeAPI *api = NULL
+cdef void *tensor_type = NULL           # torch.Tensor, once one was met that has the functions
+cdef void *exchange_api = NULL          # set before tensor_type
 
 
 cdef bint has_functions(type given) except -1:
     """Return whether this is torch.Tensor, of a version with the C functions; note them."""
-    global tensor_type, api
     cdef DLPackExchangeAPI *found
-    if given is tensor_type:
+    cdef void *known = load_pointer(&tensor_type)
+    if known == <void *>given:
         return True
-    if api != NULL or given is not getattr(sys.modules.get("torch"), "Tensor", None):
+    if known != NULL or given is not getattr(sys.modules.get("torch"), "Tensor", None):
         return False
     capsule = getattr(given, "__dlpack_c_exchange_api__", None)
     if capsule is None:
@@ -62,7 +63,9 @@ cdef bint has_functions(type given) except -1:
     found = <DLPackExchangeAPI *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
     if found.major != 1 or found.dltensor_from_object == NULL:
         return False
-    tensor_type, api = given, found
+    Py_INCREF(given)                    # for good
+    store_pointer(&exchange_api, found)
+    store_pointer(&tensor_type, <void *>given)
     return True
 
 
@@ -93,12 +96,14 @@ cdef cnp.ndarray view_tensor(given, int *code):
     For anything else return None and leave the code alone. bfloat16 becomes uint16.
     """
     cdef DLTensor tensor
+    cdef DLPackExchangeAPI *api
     cdef cnp.npy_intp shape[MAX_AXES]
     cdef cnp.npy_intp strides[MAX_AXES]
     cdef cnp.ndarray array
     cdef int axis, number
     if not has_functions(type(given)) or given.requires_grad or given.is_neg():
         return None
+    api = <DLPackExchangeAPI *>load_pointer(&exchange_api)
     if api.dltensor_from_object(<PyObject *>given, &tensor) != 0:
         PyErr_Clear()                   # a tensor without memory of its own
         return None

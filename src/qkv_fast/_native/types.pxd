@@ -21,6 +21,7 @@ from libc.stdint cimport int64_t, uint64_t
 from .kernels cimport (
     QKV_BOOL, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, QKV_SWAPPED, qkv_span, qkv_tile_kernels,
 )
+from .shared cimport flag
 from .tuning cimport ALIGNMENT, MAX_BLOCK_K, MAX_LANES, MAX_VECTORS
 
 cdef extern from *:
@@ -43,7 +44,7 @@ cdef struct TensorView:
 
 
 cdef struct Interrupt:
-    bint stop                           # the caller's code raised: leave the rest undone
+    flag stop                           # the caller's code raised: leave the rest undone
     double next_look                    # when the calling thread looks for signals again
     void *progress                      # the caller's function of (done, total), or NULL
     Py_ssize_t done, total              # tasks of the call; counted for that function alone
