@@ -22,6 +22,7 @@ from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent))  # PEP 517 builds have no project folder there
 import build_support
+import build_support_wheel
 
 PACKAGE = "qkv_fast"
 OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
@@ -195,6 +196,20 @@ class Wheel(bdist_wheel):
 
     def get_tag(self):
         return ("py3", "none", "any") if self.root_is_pure else super().get_tag()
+
+    def write_wheelfile(self, wheelfile_base, *args, **options):
+        """Write WHEEL and, beside it, what the wheel contains and needs."""
+        super().write_wheelfile(wheelfile_base, *args, **options)
+        facts = self.distribution.metadata
+        content = build_support_wheel.sbom(
+            facts.get_name(),
+            facts.get_version(),
+            facts.license_expression,
+            self.distribution.install_requires,
+            native=not self.root_is_pure,
+        )
+        build_support_wheel.write_sbom(Path(wheelfile_base), content)
+        build_support_wheel.unify_modes(self.bdist_dir)
 
 
 setup(

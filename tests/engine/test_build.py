@@ -1,8 +1,9 @@
-"""build_support.py and setup.py: what a build compiles, what it takes from the last, what fails."""
+"""build_support*.py and setup.py: what a build compiles, what fails, what a wheel holds."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -23,8 +25,8 @@ if not (ROOT / "build_support.py").exists():
     pytest.skip("needs a checkout or an sdist", allow_module_level=True)
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,7 +34,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-build_support = load("build_support")
+build_support = load("build_support.py")
+build_twice = load("tools/build_twice.py")
 CC = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 needs_compiler = pytest.mark.skipif(CC is None, reason="no C compiler")
 
@@ -232,8 +235,10 @@ def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.partition(".")[0]) < 77:
         pytest.skip("needs setuptools 77")
-    for name in ("setup.py", "build_support.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
+    for path in ROOT.glob("build_support*.py"):
+        shutil.copy(path, tmp_path)
     package = tmp_path / "src" / "qkv_fast"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     for name in project["tool"]["setuptools"]["packages"]:
@@ -246,12 +251,13 @@ def small_copy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         (native / name).write_text("x = 1\n")
     (native / f"engine{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # of an earlier build
 
-    def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*command: str, umask: int = -1, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("QKV_FAST_")}
         return subprocess.run(
             [sys.executable, "setup.py", *command],
             cwd=tmp_path,
             env=environment | variables,
+            umask=umask,
             capture_output=True,
             text=True,
         )
@@ -268,6 +274,76 @@ def test_wheel_holds_the_extensions(small_copy: Callable, tmp_path: Path) -> Non
         names = archive.namelist()
     for module in ("engine", "blas"):
         assert f"qkv_fast/_native/{module}{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+
+
+@needs_compiler
+def test_wheel_says_what_it_contains_and_needs(small_copy: Callable, tmp_path: Path) -> None:
+    """PEP 770: a CycloneDX document in .dist-info/sboms, which RECORD lists."""
+    assert small_copy("bdist_wheel", QKV_FAST_REQUIRE_EXTENSION="1").returncode == 0
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        content = json.loads(archive.read("qkv_fast-1.0.dist-info/sboms/qkv_fast.cdx.json"))
+        record = archive.read("qkv_fast-1.0.dist-info/RECORD").decode()
+    assert "sboms/qkv_fast.cdx.json,sha256=" in record
+    assert (content["bomFormat"], content["specVersion"]) == ("CycloneDX", "1.6")
+    project = content["metadata"]["component"]
+    assert (project["name"], project["version"]) == ("qkv-fast", "1.0")
+    assert project["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    properties = [p for c in content["components"] for p in c["properties"]]
+    needs = [p["value"] for p in properties if p["name"] == "qkv_fast:needs"]
+    assert needs == facts["dependencies"]
+    versions = {c["name"]: c["version"] for c in content["components"] if "version" in c}
+    assert versions == {name: metadata.version(name) for name in ("cython", "numpy")}
+    references = [c["bom-ref"] for c in content["components"]]
+    assert len(set(references)) == len(references)
+    assert content["dependencies"][0] == {"ref": project["bom-ref"], "dependsOn": references}
+
+
+def test_wheel_without_the_engine_contains_no_code_of_others(
+    small_copy: Callable, tmp_path: Path
+) -> None:
+    assert small_copy("bdist_wheel", QKV_FAST_NO_EXTENSION="1").returncode == 0
+    [wheel] = (tmp_path / "dist").glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        content = json.loads(archive.read("qkv_fast-1.0.dist-info/sboms/qkv_fast.cdx.json"))
+    assert [c["name"] for c in content["components"]] == ["numpy", "scipy"]
+    assert not any("version" in component for component in content["components"])
+
+
+@needs_compiler
+def test_two_builds_write_the_same_bytes(small_copy: Callable, tmp_path: Path) -> None:
+    """With SOURCE_DATE_EPOCH, whatever the umask; tools/build_twice.py does so for the real one."""
+    wheels = []
+    for seed, umask in (("1", 0o022), ("2", 0o077)):
+        build = small_copy(
+            "bdist_wheel", umask=umask, SOURCE_DATE_EPOCH="1767225600", PYTHONHASHSEED=seed
+        )
+        assert build.returncode == 0, build.stdout + build.stderr
+        [wheel] = (tmp_path / "dist").glob("*.whl")
+        wheels.append(wheel.rename(tmp_path / f"{seed}.whl"))
+        for folder in (tmp_path / "build", *(tmp_path / "src").glob("*.egg-info")):
+            shutil.rmtree(folder)
+    assert build_twice.differences(*wheels) == []
+    with zipfile.ZipFile(wheels[0]) as archive:
+        times = {member.date_time for member in archive.infolist()}
+    assert times == {(2026, 1, 1, 0, 0, 0)}
+
+
+def test_differences_of_wheels_are_named(tmp_path: Path) -> None:
+    def write(name: str, **members: tuple[str, int]) -> Path:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member, (content, year) in members.items():
+                archive.writestr(zipfile.ZipInfo(member, (year, 1, 1, 0, 0, 0)), content)
+        return tmp_path / name
+
+    one = write("a.whl", x=("1", 2026), y=("1", 2026))
+    assert build_twice.differences(one, write("b.whl", x=("1", 2026), y=("1", 2026))) == []
+    assert build_twice.differences(one, write("a2.whl", x=("2", 2026), y=("1", 2025)))[1:] == [
+        "x: content",
+        "y: time or mode",
+    ]
+    assert "the lists of members" in build_twice.differences(one, write("c.whl", x=("1", 2026)))
 
 
 def test_without_compiler_the_reason_is_noted(small_copy: Callable, tmp_path: Path) -> None:
