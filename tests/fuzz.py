@@ -48,7 +48,7 @@ LANES = (7, 8, 9, 15, 16, 17, 31, 32, 33)
 LENGTHS = (0, 1, 1, 2, 3, 5, *LANES, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 LONG = (2047, 2048, 2049, 2050, 2100, 4095, 4096, 4097, 4200, 6145)
 HEAD_SIZES = (1, 2, 3, 4, 5, *LANES, 63, 64, 65, 127, 128, 129, 257)
-PAIRED = ("auto", "avx512bf16", "amx")  # these round weights to bfloat16 too
+PAIRED = ("auto", "neonbf16", "avx512bf16", "amx")  # these round weights to bfloat16 too
 # A case that takes longer is reported as a hang.
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 AGAIN = 75  # exit status of a child that wants the next case to run in a new one

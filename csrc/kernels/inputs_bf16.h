@@ -1,6 +1,7 @@
-/* The kernels that touch inputs, for bfloat16 inputs that products take in pairs.
+/* The kernels that touch inputs, for bfloat16 inputs that products take in pairs or quads.
  *
  *     pack_rows             Qt[d / 2][i] = (rows[i][d], rows[i][d + 1]), negated if scale is -1
+ *                           (in quads: as kernels.h says)
  *     pack_values           Vt[d][k] = V[k][d]
  *     scores, accumulate    the product of product_*.h, with S or acc as its result
  *     accumulate_nonfinite  acc[d][:] += sum_k V[k][d] * P[k][:] over V's infinities and NaN
@@ -8,7 +9,7 @@
  *
  * A pair takes the place of a float in vectors and scratch. P lies in the first half of the
  * scores' memory: [nk / 2][ld] pairs. Qt, P, Vt and acc are aligned, the caller's rows need not
- * be. Nothing behind a row is read. Zeros fill Qt and P up to DEPTH_STEP, and Vt up to 32. */
+ * be. Nothing behind a row is read. Zeros fill Qt, P and Vt up to DEPTH_STEP and ROW_STEP. */
 #define DECODE_SCORES NULL /* float32's tables serve bfloat16 too */
 #define DECODE_ACCUMULATE NULL
 #define DECODE_SOFTMAX NULL
@@ -16,6 +17,19 @@
 #ifndef DEPTH_STEP
 #define DEPTH_STEP 2
 #endif
+
+/* GROUP_ROWS vectors of pairs, whose pairs follow one another along a sum, make up the groups that
+ * products take. ungroup_pairs is the inverse of group_pairs. */
+#ifdef QKV_QUADS
+#define DEPTH_GROUP 4
+INLINE void group_pairs(vec x[2]) { v_quads_of_pairs(x); }
+INLINE void ungroup_pairs(vec x[2]) { v_pairs_of_quads(x); }
+#else
+#define DEPTH_GROUP 2
+INLINE void group_pairs(vec x[1]) { (void)x; }
+INLINE void ungroup_pairs(vec x[1]) { (void)x; }
+#endif
+#define GROUP_ROWS (DEPTH_GROUP / 2)
 
 static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec, double scale)
 {
@@ -27,8 +41,12 @@ static void pack_rows(void *Qt_, const char *const *rows, ptrdiff_t D, int nvec,
         for (ptrdiff_t d = 0; d < pairs; d += LANES) {
             vec x[LANES];
             load_columns(x, row, 4 * d, bytes - 4 * d);
-            for (ptrdiff_t i = 0; i < LANES && d + i < pairs; i++)
-                v_store(Qt + (d + i) * ld + v * LANES, scale < 0 ? v_negate_pairs(x[i]) : x[i]);
+            for (ptrdiff_t i = 0; i < LANES && d + i < pairs; i += GROUP_ROWS) {
+                group_pairs(x + i);
+                for (ptrdiff_t j = i; j < i + GROUP_ROWS; j++)
+                    v_store(Qt + (d + j) * ld + v * LANES,
+                            scale < 0 ? v_negate_pairs(x[j]) : x[j]);
+            }
         }
     }
 }
@@ -67,12 +85,17 @@ static void pack_values(void *Vt_, ptrdiff_t packed_stride, const char *V, ptrdi
 }
 #define PACK_VALUES pack_values
 
-/* P[k..k + count) = p, for the softmax, in pairs of keys. k is even; p[count] is -0.0 if count is
- * odd. */
+/* P[k..k + count) = p, for the softmax. k is a multiple of DEPTH_GROUP. p is -0.0 behind count, up
+ * to the end of the last group. */
 INLINE void store_weights(real *S, ptrdiff_t ld, ptrdiff_t k, const vec *p, const int count)
 {
-    for (int i = 0; i < count; i += 2)
-        v_store(S + (k + i) / 2 * ld, v_to_pairs(p[i], p[i + 1]));
+    for (int i = 0; i < count; i += DEPTH_GROUP) {
+        vec x[GROUP_ROWS];
+        UNROLL for (int j = 0; j < GROUP_ROWS; j++)
+            x[j] = v_to_pairs(p[i + 2 * j], p[i + 2 * j + 1]);
+        group_pairs(x);
+        UNROLL for (int j = 0; j < GROUP_ROWS; j++) v_store(S + ((k + i) / 2 + j) * ld, x[j]);
+    }
 }
 
 /* P = -0.0 outside [begin, end), where the softmax stores nothing, up to the padded end. */
@@ -80,8 +103,19 @@ INLINE void fill_weights(real *S, ptrdiff_t ld, ptrdiff_t begin, ptrdiff_t end, 
 {
     const vec none = v_to_pairs(v_set1(-0.0f), v_set1(-0.0f));
     const ptrdiff_t padded = (nk + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP / 2;
-    for (ptrdiff_t k = 0; k < begin / 2; k++) v_store(S + k * ld, none);
-    for (ptrdiff_t k = (end + 1) / 2; k < padded; k++) v_store(S + k * ld, none);
+    ptrdiff_t k = (end + DEPTH_GROUP - 1) / DEPTH_GROUP * GROUP_ROWS;
+    for (; k < padded; k++) v_store(S + k * ld, none);
+    for (k = 0; k < begin / 2; k++) v_store(S + k * ld, none);
+}
+
+/* The vector of pairs that has key k. */
+INLINE vec load_weights(const real *P, ptrdiff_t ld, ptrdiff_t k)
+{
+    vec x[GROUP_ROWS];
+    for (int i = 0; i < GROUP_ROWS; i++)
+        x[i] = v_load(P + (k / DEPTH_GROUP * GROUP_ROWS + i) * ld);
+    ungroup_pairs(x);
+    return x[k % DEPTH_GROUP / 2];
 }
 
 static void accumulate_nonfinite(void *acc_, const void *P_, const char *V, ptrdiff_t v_stride,
@@ -98,7 +132,7 @@ static void accumulate_nonfinite(void *acc_, const void *P_, const char *V, ptrd
             const vec x = v_set1(float_of_bfloat(bits));
             for (int v = 0; v < nvec; v++) {
                 real *c = acc + d * ld + v * LANES;
-                const vec pair = v_load(P + k / 2 * ld + v * LANES), sum = v_load(c);
+                const vec pair = load_weights(P + v * LANES, ld, k), sum = v_load(c);
                 const vec p = k % 2 ? v_second_of_pair(pair) : v_first_of_pair(pair);
                 v_store(c, v_select_negative(p, sum, v_fma(x, p, sum)));
             }

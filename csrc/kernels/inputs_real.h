@@ -8,6 +8,7 @@
  * P lies where the scores were: [nk][ld] reals. Qt, P and acc are aligned, the caller's rows need
  * not be. Nothing behind a row is read: its last D % LANES elements are loaded on their own. */
 #define DEPTH_STEP 1
+#define DEPTH_GROUP 1
 #define DECODE_SCORES decode_scores
 #define DECODE_ACCUMULATE decode_accumulate
 #define DECODE_SOFTMAX decode_softmax

@@ -24,9 +24,11 @@
  *     allow [nk]       bit i of allow[k] is set if lane i may attend to key k
  *     span  [nvec]     vector v needs the keys [begin, end) only; NULL: all vectors need all keys
  *
- * bfloat16 inputs lie in pairs along the axis that a product sums over: Qt is [D / 2][ld][2] and P
- * is [nk / 2][ld][2]. The engine pads that axis with zeros to a multiple of depth_step, and the
- * other axis of K and V (the rows of S and acc) to a multiple of row_step. Both are 1 for reals.
+ * bfloat16 inputs lie in groups along the axis that a product sums over. In pairs, Qt is
+ * [D / 2][ld][2] and P is [nk / 2][ld][2]. In quads, Qt is [D / 4][2][ld / 2][4] and P is
+ * [nk / 4][2][ld / 2][4], where the axis of 2 are a vector's first and last lanes; vectors have 4.
+ * The engine pads that axis with zeros to a multiple of depth_step, and the other axis of K and V
+ * (the rows of S and acc) to a multiple of row_step. Both are 1 for reals.
  *
  * K stays in the caller's memory, and so does V if pack_values is NULL. Their last axis has unit
  * stride. Their rows may be any number of bytes apart (zero and negative too), at any alignment. */
@@ -58,6 +60,7 @@ QKV_STRUCT(qkv_tile_kernels,
     int lanes;      /* reals in a vector */
     int tile_q;     /* most query rows of a tile: a multiple of lanes, at most 64 */
     int depth_step, row_step;
+    int depth_group; /* inputs that lie side by side: 1, or 2 (pairs) or 4 (quads) bfloat16 */
 
     /* The engine calls these on a task's thread, before and after all other kernels of the task.
      * NULL: there is nothing to prepare. */
@@ -68,8 +71,9 @@ QKV_STRUCT(qkv_tile_kernels,
      * For bfloat16, scale is 1 or -1. */
     void (*pack_rows)(void *Qt, const char *const *rows, ptrdiff_t D, int nvec, double scale);
 
-    /* Vt[d][k] = V[k][d], in rows of packed_stride bytes, both axes padded with zeros to 32. All
-     * tiles of a task share it. NULL: accumulate takes V itself. */
+    /* Vt[d][k] = V[k][d], in rows of packed_stride bytes. It pads d with zeros to row_step and k to
+     * depth_step, and writes nothing from the next multiples of 32 on. All tiles of a task share
+     * Vt. NULL: accumulate takes V itself. */
     void (*pack_values)(void *Vt, ptrdiff_t packed_stride, const char *V, ptrdiff_t v_stride,
                         ptrdiff_t nk, ptrdiff_t Dv);
 

@@ -8,6 +8,7 @@
  *     QKV_TABLE        the name of the table, qkv_tile_kernels_<input type>_<isa>
  *     QKV_TARGET       the compiler's names of the features used (see isa/x86_table.h)
  *     QKV_PAIRS        if defined, inputs are bfloat16, in pairs
+ *     QKV_QUADS        if defined, in quads (and QKV_PAIRS too)
  *     QKV_MATRIX_UNIT  if defined, a matrix unit multiplies them
  *
  * A *_tmpl.h is part of every table; of product_*.h and inputs_*.h, a table has one each. */
@@ -34,6 +35,8 @@
 #endif
 #ifdef QKV_MATRIX_UNIT
 #include "product_matrix.h"
+#elif defined(QKV_QUADS)
+#include "product_quads.h"
 #else
 #include "product_lanes.h"
 #endif
@@ -59,6 +62,7 @@ const qkv_tile_kernels QKV_TABLE = {
     .tile_q = TILE_Q,
     .depth_step = DEPTH_STEP,
     .row_step = ROW_STEP,
+    .depth_group = DEPTH_GROUP,
     .enter = ENTER,
     .leave = LEAVE,
     .pack_rows = pack_rows,

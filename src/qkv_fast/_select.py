@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "native", "python")
 TILES = ("auto", "simd", "blas")
-ISAS = ("auto", "scalar", "neon", "avx2", "avx512", "avx512bf16", "amx")  # weakest first
-_BFLOAT16_ONLY = ("avx512bf16", "amx")  # the kernels of "avx512" for all other dtypes
+# Weakest first, those of a CPU.
+ISAS = ("auto", "scalar", "neon", "neonbf16", "avx2", "avx512", "avx512bf16", "amx")
+_BFLOAT16_ONLY = ("neonbf16", "avx512bf16", "amx")  # those of "neon" or "avx512" for other dtypes
 VARIABLES = ("QKV_FAST_BACKEND", "QKV_FAST_TILES", "QKV_FAST_ISA")
 
 # A KV group's rows are its query heads times its queries. The decode kernels take time for each
@@ -65,9 +66,9 @@ def backend(backend: str = "auto", *, tiles: str = "auto", isa: str = "auto") ->
         takes the SIMD kernels. With those a row's result does not depend on its place among the
         queries. With SciPy's BLAS the last bits of a row may depend on it; neither depends on
         threads or batch.
-    isa : {"auto", "scalar", "neon", "avx2", "avx512", "avx512bf16", "amx"}
+    isa : {"auto", "scalar", "neon", "neonbf16", "avx2", "avx512", "avx512bf16", "amx"}
         The instruction set. "auto" leaves it to ``QKV_FAST_ISA``, else takes the fastest for the
-        dtype. The last two differ from "avx512" for bfloat16 only.
+        dtype. "neonbf16" differs from "neon" for bfloat16 only, as the last two from "avx512".
 
     Raises
     ------
@@ -108,8 +109,8 @@ def available_backends(dtype: str = "float32") -> list[dict[str, str]]:
     Parameters
     ----------
     dtype : {"float32", "float64", "float16", "bfloat16"}
-        The element type. The instruction sets "avx512bf16" and "amx" are listed for bfloat16 only,
-        since other types are computed as with "avx512".
+        The element type. The instruction sets "neonbf16", "avx512bf16" and "amx" are listed for
+        bfloat16 only, since other types are computed as with "neon" or "avx512".
 
     Returns
     -------

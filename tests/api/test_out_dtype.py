@@ -14,7 +14,7 @@ from qkv_fast import KVCache, merge_attention, paged_attention, varlen_attention
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 NARROW = [np.float16, ml_dtypes.bfloat16]
-PAIRED = ("avx512bf16", "amx")
+PAIRED = ("neonbf16", "avx512bf16", "amx")
 LENGTHS = pytest.mark.parametrize("q_len", [1, 3, 70])
 
 

@@ -3,9 +3,11 @@
  *
  * Each array ends where a page without access begins, so that a read or write behind it ends the
  * process. Prints a line for each table and returns the number of those that differ. The tables'
- * lanes may differ: ld is the same for both, nvec is not. Pairs of bfloat16 are not tested. */
+ * lanes may differ: ld is the same for both, nvec is not. The portable table has no products of
+ * bfloat16: sums in double, and its kernels of floats, stand in. */
 #include "kernels/kernels.h"
 #include "runtime/convert.h"
+#include "runtime/elements.h"
 
 #include <float.h>
 #include <math.h>
@@ -408,6 +410,148 @@ static void check_conversions(int n)
     }
 }
 
+/* `count` parts of n elements of a type, merged into a row of out_type. */
+static void check_merge(int count, int n, int type, int out_type)
+{
+    const int eps_bits = out_type == QKV_BFLOAT16 ? 16 : out_type == QKV_FLOAT16 ? 13 : 0;
+    const char *parts[6], *sources[6];
+    void *weights = drawn(count, 0, 1);
+    ptrdiff_t stride = 0, out_stride = 0;
+    for (int i = 0; i < count; i++) parts[i] = stored_rows(1, n, type, &stride);
+    for (int is_part = 0; is_part <= (count > 0 && type == out_type); is_part++) {
+        pair sum;
+        char *out[2];
+        for (int i = 0; i < 2; i++) {
+            out[i] = (char *)stored_rows(1, n, out_type, &out_stride);
+            memcpy(sources, parts, sizeof sources);
+            if (is_part) memcpy(out[i], parts[count - 1], (size_t)stride);
+            if (is_part) sources[count - 1] = out[i];
+            (i ? portable : tested)->merge_rows(out[i], out_type, sources, weights, count, n, type);
+            sum.of[i] = out[i];
+        }
+        if (count == 0) same_bytes("merge_rows of no part", out[0], out[1], (size_t)out_stride);
+        sum.count = n;
+        for (int i = 0; i < 2 && eps_bits; i++) {
+            sum.of[i] = reals(n);
+            portable->widen(sum.of[i], out[i], n, out_type);
+        }
+        compare("merge_rows", sum, n, (double)(1 << eps_bits) + 3, eps_bits ? 1 : 12);
+    }
+}
+
+static ptrdiff_t up(ptrdiff_t n, ptrdiff_t step) { return (n + step - 1) / step * step; }
+
+/* [rows][length] bfloat16, drawn, in rows of `padded` elements, whose other elements are zeros. */
+static uint16_t *drawn_bfloats(ptrdiff_t rows, ptrdiff_t length, ptrdiff_t all_rows,
+                               ptrdiff_t padded)
+{
+    uint16_t *x = take((size_t)(all_rows * padded * 2));
+    memset(x, 0, (size_t)(all_rows * padded * 2));
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t d = 0; d < length; d++)
+            x[r * padded + d] = bfloat_of_float((float)uniform(-2, 2));
+    return x;
+}
+
+static void check_paired_scores(int ld, int nk, int length)
+{
+    table *t = tested;
+    const ptrdiff_t depth = up(length, t->depth_step), rows = up(nk, t->row_step);
+    const uint16_t *q = drawn_bfloats(ld, length, ld, length);
+    const uint16_t *k = drawn_bfloats(nk, length, rows, depth);
+    const char *q_rows[64];
+    void *Qt = take((size_t)(depth * ld * 2));
+    qkv_prefetch_rows ahead[2] = {{(const char *)k, 8, 8, 100, 0}, {NULL, 64, 640, 9, 64}};
+    rows_of(q, 2 * length, ld, q_rows);
+    for (int negated = 0; negated < 2; negated++) {
+        pair s = drawn_twice(rows * ld, 9, 9);
+        t->pack_rows(Qt, q_rows, length, ld / t->lanes, negated ? -1 : 1);
+        t->scores(s.of[0], Qt, (const char *)k, 2 * depth, nk, length, ld / t->lanes, NULL,
+                  negated ? ahead : NULL);
+        for (int r = 0; r < nk; r++)
+            for (int i = 0; i < ld; i++) {
+                double sum = 0;
+                for (int d = 0; d < length; d++)
+                    sum += (double)float_of_bfloat(k[r * depth + d]) *
+                           (double)float_of_bfloat(q[i * length + d]);
+                set(s.of[1], r * ld + i, negated ? -sum : sum);
+            }
+        compare("scores", s, (ptrdiff_t)nk * ld, 4, 4.0 * length);
+    }
+}
+
+/* The weights of a softmax, found as their products with a unit matrix, and other products. */
+static void check_paired_values(int ld, int nk, int length, int masked)
+{
+    table *t = tested;
+    const int nvec = ld / t->lanes;
+    const ptrdiff_t depth = up(nk, t->depth_step), vt_row = 2 * up(nk, 32);
+    const ptrdiff_t s_rows = depth / 2 > nk ? depth / 2 : nk;
+    pair s = drawn_twice(s_rows * ld, -20, 20), top = drawn_twice(ld, -9, -9);
+    pair sum = drawn_twice(ld, 1, 1), rescale = drawn_twice(ld, 0, 0);
+    const uint64_t *allow = draw_allow(nk, ld);
+    qkv_span span[32];
+    BOTH(find_spans(allow, nk, ld, t->lanes, span);
+         t->softmax(s.of[i], nk, nvec, masked ? allow : NULL, span, 0.7, top.of[i], sum.of[i],
+                    rescale.of[i]))
+    compare("softmax, row_max", top, ld, 0, 0);
+    compare("softmax, rescale", rescale, ld, 1000, 0);
+    compare("softmax, row_sum", sum, ld, 1000, 0); /* exp2 is rough: 3e-6 */
+
+    uint16_t *unit = drawn_bfloats(0, 0, nk, nk);
+    for (int k = 0; k < nk; k++) unit[k * nk + k] = bfloat_of_float(1);
+    char *Vt = take((size_t)(up(nk > length ? nk : length, 32) * vt_row));
+    const ptrdiff_t p_rows = up(nk, t->row_step), acc_rows = up(length, t->row_step);
+    pair p = drawn_twice(p_rows * ld, 2, 2);
+    t->pack_values(Vt, vt_row, (const char *)unit, 2 * nk, nk, nk);
+    t->accumulate(p.of[0], s.of[0], Vt, vt_row, nk, nk, nvec, NULL, NULL);
+    for (int j = 0; j < nk * ld; j++) set(p.of[1], j, get(s.of[1], j));
+    compare("softmax", p, (ptrdiff_t)nk * ld, 0x1p15 + 100, FLT_MIN); /* half an ulp of bfloat16 */
+
+    uint16_t *v = drawn_bfloats(nk, length, nk, length);
+    pair acc = drawn_twice(acc_rows * ld, 2, 2);
+    t->pack_values(Vt, vt_row, (const char *)v, 2 * length, nk, length);
+    for (int rescaled = 0; rescaled < 2; rescaled++) {
+        t->accumulate(acc.of[0], s.of[0], Vt, vt_row, nk, length, nvec,
+                      rescaled ? rescale.of[0] : NULL, NULL);
+        for (int d = 0; d < length; d++)
+            for (int i = 0; i < ld; i++) {
+                double x = rescaled ? get(acc.of[1], d * ld + i) * get(rescale.of[0], i) : 0;
+                for (int k = 0; k < nk; k++)
+                    x += get(p.of[0], k * ld + i) * (double)float_of_bfloat(v[k * length + d]);
+                set(acc.of[1], d * ld + i, x);
+            }
+        compare("accumulate", acc, (ptrdiff_t)length * ld, 8, 2.0 * nk + 2);
+    }
+
+    int finite = t->all_finite((const char *)v, 2 * length, nk, length);
+    v[nk * length - 1] = 0xff80; /* -inf */
+    v[0] = 0x7fc0;               /* NaN */
+    if (!finite || t->all_finite((const char *)v, 2 * length, nk, length))
+        printf("%s: all_finite is wrong\n", t->isa), failures++;
+    float *wide = take((size_t)(nk * length * 4));
+    for (int j = 0; j < nk * length; j++) wide[j] = float_of_bfloat(v[j]);
+    pair bad = drawn_twice(length * ld, 2, 2);
+    t->accumulate_nonfinite(bad.of[0], s.of[0], (const char *)v, 2 * length, nk, length, nvec);
+    portable->accumulate_nonfinite(bad.of[1], s.of[1], (const char *)wide, 4 * length, nk, length,
+                                   ld / portable->lanes);
+    compare("accumulate_nonfinite", bad, (ptrdiff_t)length * ld, 0, 0);
+}
+
+static void check_paired_table(void)
+{
+    if (tested->enter) tested->enter();
+    for (int ld = tested->lanes; ld <= tested->tile_q; ld += tested->lanes)
+        for (int i = 0; i < SIZES; i++)
+            for (int j = 0; j < SIZES; j++) {
+                slots_used = 0, check_paired_scores(ld, sizes[i], sizes[j]);
+                for (int masked = 0; masked < 2; masked++)
+                    slots_used = 0, check_paired_values(ld, sizes[i], sizes[j], masked);
+            }
+    if (!isfinite(tested->fma_chain(10))) failures++;
+    if (tested->leave) tested->leave();
+}
+
 static void check_table(void)
 {
     const int is_double = tested->real_bytes == 8;
@@ -434,6 +578,12 @@ static void check_table(void)
                 for (int type = is_double ? 4 : 0; type < (is_double ? 5 : 4); type++)
                     CHECK(check_decode(rows, decoded[i], sizes[j], types[type]));
     }
+    for (int count = 0; count < 6; count++)
+        for (int i = 0; i < SIZES; i++)
+            for (int type = 0; type < (is_double ? 1 : 3); type++)
+                for (int out = 0; out < (is_double ? 1 : 3); out++)
+                    CHECK(check_merge(count, sizes[i], is_double ? QKV_FLOAT64 : types[type],
+                                      is_double ? QKV_FLOAT64 : types[out]));
     slots_used = 0;
     for (int i = 0; !is_double && i < SIZES; i++) check_conversions(sizes[i]);
     if (!is_double) check_conversions(8192); /* all 16-bit patterns */
@@ -442,16 +592,22 @@ static void check_table(void)
 
 int main(void)
 {
-    int bad_tables = 0, input_types[] = {QKV_FLOAT32, QKV_FLOAT64};
-    for (int j = 0; j < 2; j++)
+    static const struct {
+        const char *name;
+        int type;
+    } inputs[] = {{"f32", QKV_FLOAT32}, {"f64", QKV_FLOAT64}, {"bf16", QKV_BFLOAT16}};
+    int bad_tables = 0;
+    for (int j = 0; j < 3; j++)
         for (int isa = 1; qkv_isa_name(isa); isa++) {
-            portable = qkv_tile_table(0, input_types[j]);
-            tested = qkv_tile_table(isa, input_types[j]);
+            const int paired = inputs[j].type == QKV_BFLOAT16;
+            portable = qkv_tile_table(0, paired ? QKV_FLOAT32 : inputs[j].type);
+            tested = qkv_tile_table(isa, inputs[j].type);
             if (!tested || strcmp(tested->isa, qkv_isa_name(isa)) || !qkv_isa_runs(isa)) continue;
             comparisons = failures = 0;
-            check_table();
-            printf("%s-f%d: %ld comparisons, %ld differ\n", tested->isa, 8 * tested->real_bytes,
-                   comparisons, failures);
+            if (paired) check_paired_table();
+            else check_table();
+            printf("%s-%s: %ld comparisons, %ld differ\n", tested->isa, inputs[j].name, comparisons,
+                   failures);
             bad_tables += failures > 0;
         }
     return bad_tables;

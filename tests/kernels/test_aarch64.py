@@ -18,6 +18,6 @@ TOOLS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 def test_neon_kernels_agree_with_the_portable_ones(tmp_path: Path) -> None:
     done = subprocess.run([str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    tables = re.findall(r"^neon-f(\d+): (\d+) comparisons, 0 differ$", done.stdout, re.MULTILINE)
-    assert [bits for bits, _ in tables] == ["32", "64"]
+    tables = re.findall(r"^([-\w]+): (\d+) comparisons, 0 differ$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in tables] == ["neon-f32", "neon-f64", "neonbf16-bf16"]
     assert all(int(comparisons) > 10**6 for _, comparisons in tables)

@@ -440,6 +440,16 @@ def test_paired_tables_compute_in_float32_from_bfloat16():
     assert all(t.input_type == BFLOAT16 and t.real_bytes == 4 for t in PAIRED)
 
 
+def ungroup(x: np.ndarray, table) -> np.ndarray:
+    """Return the matrix [steps][ld] of elements that a table keeps in groups of steps."""
+    ld, group = x.shape[1], table.depth_group
+    if group == 2:
+        return x.reshape(-1, ld, 2).swapaxes(1, 2).reshape(-1, ld)
+    # [steps / 4][first or last half][vector][2 lanes][4 steps]
+    halves = x.reshape(-1, 2, ld // table.lanes, 2, 4)
+    return halves.transpose(0, 4, 2, 1, 3).reshape(-1, ld)
+
+
 def bf16(rng, *shape):
     return rng.standard_normal(shape).astype(BF16)
 
@@ -489,13 +499,12 @@ def test_paired_values(paired, rng):
                     address(packed), packed.strides[0], address(value), value.strides[0], nk, d
                 )
                 assert (packed[-1] == 7).all()
+                rows, depth = up(d, paired.row_step), up(nk, paired.depth_step)
                 np.testing.assert_array_equal(
-                    packed[:-1].astype(float),
-                    np.pad(value[:nk, :d].T, ((0, up(d, 32) - d), (0, up(nk, 32) - nk))).astype(
-                        float
-                    ),
+                    packed[:rows, :depth].astype(float),
+                    np.pad(value[:nk, :d].T, ((0, rows - d), (0, depth - nk))).astype(float),
                 )
-                p = weights.astype(float).swapaxes(1, 2).reshape(-1, ld)[:nk]
+                p = ungroup(weights.astype(float), paired)[:nk]
                 exact = value[:nk, :d].T.astype(float) @ p
                 rescale = rng.random(ld).astype(np.float32)
                 for rescaled in (False, True):
@@ -537,7 +546,7 @@ def test_paired_softmax(paired, rng):
                 p = np.exp2(before * scale - exact_top)
                 np.testing.assert_allclose(total, np.where(bits, p, 0).sum(0) + rescale, rtol=1e-5)
                 pairs = s[: up(nk, paired.depth_step) // 2].view(BF16)
-                stored = pairs.reshape(-1, ld, 2).swapaxes(1, 2).reshape(-1, ld).astype(float)
+                stored = ungroup(pairs.reshape(-1, ld, 2), paired).astype(float)
                 np.testing.assert_allclose(stored[:nk], np.where(bits, p, 0), rtol=2**-8)
                 assert (np.signbit(stored[:nk]) == ~bits).all()
                 assert (stored[nk:] == 0).all()
@@ -553,8 +562,9 @@ def test_paired_nonfinite_values(paired, rng):
                 nonfinite = v.copy()
                 nonfinite[key, d - 1] = bad
                 assert paired.all_finite(address(nonfinite), nonfinite.strides[0], 5, d) == 0
-                p = np.full((3, ld, 2), 0.5, nonfinite.dtype)
-                p[key // 2, ::2, key % 2] = -0.0
+                p = np.full((4, ld, 2), 0.5, nonfinite.dtype)
+                ungrouped = np.arange(p.size).reshape(p.shape)
+                p.flat[ungroup(ungrouped, paired)[key, ::2]] = -0.0
                 acc = scratch_like(d, ld)
                 paired.accumulate_nonfinite(
                     address(acc), address(p), address(nonfinite), nonfinite.strides[0], 5, d, 1

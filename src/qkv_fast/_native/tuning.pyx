@@ -4,6 +4,8 @@ import os
 
 from .kernels cimport qkv_l2_bytes
 
+# Where nothing tells (many virtual machines on ARM), the L2 of most ARM servers. A CPU's model number
+# would not tell more: docs/algorithm.md.
 cdef Py_ssize_t UNKNOWN_L2 = 1 << 20
 
 
