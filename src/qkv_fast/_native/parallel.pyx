@@ -14,7 +14,7 @@ from .kernels cimport (
     qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks, qkv_set_threading,
     qkv_team_jobs, qkv_usable_cpus,
 )
-from .shared cimport add_to_count, load_int, store_int
+from .shared cimport add_to_count, add_to_size, load_int, load_size, store_int
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
 from .types cimport Interrupt
 
@@ -38,12 +38,8 @@ cdef extern from *:
     #else
     #define QKV_OPENMP 0
     #endif
-    #define QKV_ADD(counter, n) __atomic_fetch_add(counter, n, __ATOMIC_RELAXED)
-    #define QKV_LOAD(counter) __atomic_load_n(counter, __ATOMIC_RELAXED)
     """
     int QKV_OPENMP
-    Py_ssize_t QKV_ADD(Py_ssize_t *, Py_ssize_t) nogil
-    Py_ssize_t QKV_LOAD(Py_ssize_t *) nogil
 
 cdef struct TaskLoop:
     task_function function
@@ -68,7 +64,7 @@ cdef bint progress_raised(Interrupt *interrupt) noexcept:
     if interrupt.progress == NULL or interrupt.total == 0:
         return False
     answer = PyObject_CallFunction(
-        <PyObject *>interrupt.progress, "nn", QKV_LOAD(&interrupt.done), interrupt.total)
+        <PyObject *>interrupt.progress, "nn", load_size(&interrupt.done), interrupt.total)
     if answer == NULL:
         return True
     Py_DECREF(answer)
@@ -115,7 +111,7 @@ cdef void run_one(const void *context, int thread, Py_ssize_t task) noexcept nog
         loop.function(loop.context, thread, task)
         loop.busy[thread] += seconds_now() - begin
     if loop.interrupt != NULL and loop.interrupt.progress != NULL:
-        QKV_ADD(&loop.interrupt.done, 1)
+        add_to_size(&loop.interrupt.done, 1)
 
 
 cdef void wait_for_others(const void *context) noexcept nogil:
