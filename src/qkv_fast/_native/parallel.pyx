@@ -10,21 +10,14 @@ import os
 from cython.parallel cimport prange, threadid
 
 from .kernels cimport (
-    qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks, qkv_set_threading,
-    qkv_team_jobs, qkv_usable_cpus,
+    nanoseconds, qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks,
+    qkv_set_threading, qkv_team_jobs, qkv_usable_cpus,
 )
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
 from .types cimport Interrupt
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals()    # an exception of a handler stays set, for raise_pending
-
-cdef extern from "time.h" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int CLOCK_MONOTONIC
-    int clock_gettime(int, timespec *)
 
 cdef extern from *:
     """
@@ -48,9 +41,7 @@ cdef int cpu_quota = 1 << 16            # CPUs that the process may use the time
 
 
 cdef double seconds_now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return t.tv_sec + 1e-9 * t.tv_nsec
+    return 1e-9 * nanoseconds()
 
 
 cdef bint handler_raised() noexcept with gil:
