@@ -59,8 +59,8 @@ def choose_compiler(compiler: Any, environ: Mapping[str, str]) -> None:
     found = shutil.which(asked if "clang-cl" in asked else "clang-cl")
     if found is None:
         raise BuildError(
-            "MSVC's cl cannot compile the engine, which is GNU C: put clang-cl, of LLVM or of Visual "
-            "Studio, on PATH or in CC, or build with gcc (build_ext --compiler=mingw32)"
+            "MSVC's cl cannot compile the engine, which is GNU C: put clang-cl, of LLVM or of "
+            "Visual Studio, on PATH or in CC, or build with gcc (build_ext --compiler=mingw32)"
         )
     if not getattr(compiler, "initialized", True):
         compiler.initialize()

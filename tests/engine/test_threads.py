@@ -283,7 +283,10 @@ def test_the_pool_with_many_callers_under_a_sanitizer(tmp_path, sanitizer):
     program = tmp_path / "stress"
     command = [compiler, "-O1", "-g", "-std=gnu11", f"-fsanitize={sanitizer}", f"-I{ROOT}/csrc"]
     command += [str(Path(__file__).with_name("thread_pool_stress.c")), "-pthread", "-ldl"]
-    command += [str(sources / f"{name}.c") for name in ("job", "openmp_team", "thread_pool", "threads_posix")]
+    command += [
+        str(sources / f"{name}.c")
+        for name in ("job", "openmp_team", "thread_pool", "threads_posix")
+    ]
     built = subprocess.run(
         [*command, "-o", str(program)], capture_output=True, text=True, check=False
     )
