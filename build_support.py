@@ -9,6 +9,7 @@ standard library.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 JOBS_VARIABLE = "QKV_FAST_BUILD_JOBS"
 CIMPORT = re.compile(r"^from \.(\w+) cimport\b", re.MULTILINE)
@@ -43,6 +45,40 @@ def job_count(environ: Mapping[str, str]) -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: what a container or taskset leaves
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def choose_compiler(compiler: Any, environ: Mapping[str, str]) -> None:
+    """Have setuptools' compiler for Windows, MSVC's cl, run clang-cl instead; raise without it.
+
+    cl does not know the GNU C that csrc is written in: statement attributes, vector arithmetic and
+    features for one file alone. clang-cl takes cl's options and links with what cl makes.
+    """
+    if compiler.compiler_type != "msvc":
+        return
+    asked = environ.get("CC", "")
+    found = shutil.which(asked if "clang-cl" in asked else "clang-cl")
+    if found is None:
+        raise BuildError(
+            "MSVC's cl cannot compile the engine, which is GNU C: put clang-cl, of LLVM or of "
+            "Visual Studio, on PATH or in CC, or build with gcc (build_ext --compiler=mingw32)"
+        )
+    if not getattr(compiler, "initialized", True):
+        compiler.initialize()
+    compiler.cc = found
+
+
+def options(compiler_type: str, flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return what to compile and to link with, by setuptools' name of the kind of compiler.
+
+    `flags` are those of gcc and clang.
+    """
+    if compiler_type == "msvc":  # clang-cl, which gives them to clang
+        return [f"/clang:{flag}" for flag in flags], []
+    if compiler_type == "mingw32":
+        # gcc for Windows aligns the stack to 16 bytes and moves vectors as if it were to 32 or 64
+        # (GCC's bug 54412): the assembler makes these moves unaligned ones.
+        return [*flags, "-Wa,-muse-unaligned-vector-move"], []
+    return list(flags), ["-pthread"]
 
 
 def hash_parts(*parts: str | bytes) -> str:

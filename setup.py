@@ -29,19 +29,21 @@ OPENMP = os.environ.get("QKV_FAST_OPENMP") == "1"
 # Each C file is linked into one module: src/qkv_fast/_native/kernels.pxd.
 C_SOURCES = {
     "isa": sorted(glob("csrc/isa/*.c") + glob("csrc/kernels/*.c") + glob("csrc/simd/*.c")),
-    "parallel": [f"csrc/runtime/{name}.c" for name in ("job", "openmp_team", "thread_pool")],
+    "parallel": [
+        f"csrc/runtime/{name}.c"
+        for name in ("job", "openmp_team", "thread_pool", "threads_posix", "threads_windows")
+    ],
     "rows": ["csrc/runtime/convert.c"],
     "tuning": ["csrc/runtime/caches.c"],
 }
 OBJECTS = "build/objects"  # stays when pip's temporary folders go: build_support.BuildCache
+# No -march and no -ffast-math: an ISA's features are named in its own csrc/isa file, and flags that
+# change arithmetic would hold for the whole interpreter. Aligned loops: 3 % on AVX2.
+FLAGS = ["-O3", "-falign-loops=64", "-g0", "-std=gnu11", "-fvisibility=hidden"]
 
 
 def extensions():
-    # No -march and no -ffast-math: an ISA's flags are in its own csrc/isa file, and flags that
-    # change arithmetic would hold for the whole interpreter. Aligned loops: 3 % on AVX2.
-    flags = ["-O3", "-falign-loops=64", "-g0", "-std=gnu11", "-fvisibility=hidden"]
     names = sorted(Path(pyx).stem for pyx in glob(f"src/{PACKAGE}/_native/*.pyx"))
-    openmp = {name: ["-fopenmp"] * (OPENMP and name == "parallel") for name in names}
     return [
         Extension(
             f"{PACKAGE}._native.{name}",
@@ -49,8 +51,6 @@ def extensions():
             depends=glob("csrc/*/*.h"),
             include_dirs=["csrc"],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            extra_compile_args=flags + openmp[name],
-            extra_link_args=["-pthread", *openmp[name]],
         )
         for name in names
     ]
@@ -86,7 +86,8 @@ class BuildExtension(build_ext):
             for extension in self.extensions:
                 Path(self.built_path(extension)).unlink(missing_ok=True)
             self.extensions = []  # nothing for an editable install to look for
-        compiler = getattr(self.compiler, "compiler", None) or ["unknown"]
+        cc = getattr(self.compiler, "cc", None) or "unknown"  # clang-cl's
+        compiler = getattr(self.compiler, "compiler", None) or [cc]
         facts = {
             "extension": not reason,
             "reason": reason,
@@ -112,6 +113,12 @@ class BuildExtension(build_ext):
         return ""
 
     def build_extensions(self):
+        build_support.choose_compiler(self.compiler, os.environ)
+        compiling, linking = build_support.options(self.compiler.compiler_type, FLAGS)
+        for extension in self.extensions:
+            openmp = ["-fopenmp"] * (OPENMP and extension.name.endswith(".parallel"))
+            extension.extra_compile_args = [*compiling, *openmp]
+            extension.extra_link_args = [*linking, *openmp]
         flags = {extension.name: self.compile_flags(extension) for extension in self.extensions}
         if not all(flags.values()):
             super().build_extensions()
@@ -152,13 +159,13 @@ class BuildExtension(build_ext):
     def compile_flags(self, extension):
         """Return setuptools' command for an extension's files, without the files.
 
-        It is empty where setuptools has to compile them itself: MSVC, or a setuptools that
+        It is empty where setuptools has to compile them itself: clang-cl, or a setuptools that
         runs the compiler in a way unknown here.
         """
         command = []
         recorder = copy.copy(self.compiler)
         recorder.call = recorder.spawn = lambda arguments, **_: command.extend(arguments)
-        if recorder.compiler_type != "unix":
+        if recorder.compiler_type not in ("unix", "mingw32"):
             return []
         with suppress(CompileError):
             [built] = recorder.compile(

@@ -9,6 +9,7 @@
     static const char fields_of_##name[] = #__VA_ARGS__
 #include "../kernels/kernels.h"
 #include "../runtime/convert.h"
+#include "x86_features.h"
 
 static int always(void) { return 1; }
 
@@ -52,6 +53,7 @@ static int runs_avx512(void)
            has(b, bit_AVX512F | bit_AVX512DQ | bit_AVX512VL | bit_AVX512BW);
 }
 
+#if QKV_HAVE_AVX512BF16
 static int runs_avx512bf16(void)
 {
     unsigned a, b, c, d;
@@ -66,11 +68,13 @@ static int is_profitable_avx512bf16(void)
     unsigned a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b != signature_INTEL_ebx;
 }
+#endif
 
+#if QKV_HAVE_AMX
 /* Linux makes room for AMX's tile registers only if the process asks. */
 static int runs_amx(void)
 {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(SYS_arch_prctl)
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     unsigned a, b, c, d;
     return runs_avx512bf16() && has(saved_by_os(), AMX_STATE) &&
@@ -80,12 +84,24 @@ static int runs_amx(void)
     return 0;
 #endif
 }
+#endif
+
+#if QKV_HAVE_AVX512BF16
+#define AVX512BF16(ISA)                                                                          \
+    ISA(avx512bf16, avx512, avx512bf16, runs_avx512bf16, is_profitable_avx512bf16)
+#else
+#define AVX512BF16(ISA)
+#endif
+#if QKV_HAVE_AMX
+#define AMX(ISA) ISA(amx, avx512, amx, runs_amx, always)
+#else
+#define AMX(ISA)
+#endif
 
 #define FOR_EACH_ISA_HERE(ISA)                                                                   \
     ISA(avx2, avx2, none, runs_avx2, always)                                                     \
     ISA(avx512, avx512, none, runs_avx512, always)                                               \
-    ISA(avx512bf16, avx512, avx512bf16, runs_avx512bf16, is_profitable_avx512bf16)               \
-    ISA(amx, avx512, amx, runs_amx, always)
+    AVX512BF16(ISA) AMX(ISA)
 #elif defined(__aarch64__) && !defined(__AARCH64EB__) /* each such CPU has NEON */
 #if defined(__clang__) || __GNUC__ >= 10 /* as in neonbf16_bf16.c */
 #if defined(__linux__)

@@ -1,9 +1,14 @@
 /* A table of kernels for x86-64. It is compiled for the features that QKV_TARGET names, and nothing
  * else of the library is: gcc and clang do the same, and no file has compiler flags of its own.
  *
- * A file of isa/ that includes this defines before it what kernels/tile_tmpl.h lists, and QKV_SIMD,
- * the header of simd/. */
-#if defined(__x86_64__)
+ * A file of isa/ that includes this defines before it what kernels/tile_tmpl.h lists; QKV_SIMD, the
+ * header of simd/; and QKV_NEEDS, a macro of x86_features.h, if older compilers don't know the ISA. */
+#include "x86_features.h"
+#ifndef QKV_NEEDS
+#define QKV_NEEDS 1
+#endif
+
+#if defined(__x86_64__) && QKV_NEEDS
 #include <immintrin.h>
 #include <string.h>
 

@@ -53,6 +53,38 @@ static ptrdiff_t level2_of_machine(void)
     const long long cores = value_of("hw.perflevel0.cpusperl2");
     return bytes > 0 ? (ptrdiff_t)(bytes / (cores > 0 ? cores : 1)) : -1;
 }
+#elif defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+
+#include <stdlib.h>
+
+/* Returns 0 where the level 2 caches differ in size: cores of different kinds have them. */
+static ptrdiff_t level2_in(const char *records, DWORD bytes)
+{
+    ptrdiff_t found = -1;
+    for (DWORD at = 0; at < bytes;) {
+        const SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX *record = (const void *)(records + at);
+        const CACHE_RELATIONSHIP *cache = &record->Cache;
+        at += record->Size;
+        if (cache->Level != 2 || cache->Type == CacheInstruction) continue;
+        if (found > 0 && found != (ptrdiff_t)cache->CacheSize) return 0;
+        found = (ptrdiff_t)cache->CacheSize;
+    }
+    return found;
+}
+
+static ptrdiff_t level2_of_machine(void)
+{
+    DWORD bytes = 0;
+    GetLogicalProcessorInformationEx(RelationCache, NULL, &bytes); /* how many it needs */
+    char *records = bytes ? malloc(bytes) : NULL;
+    ptrdiff_t found = -1;
+    if (records && GetLogicalProcessorInformationEx(RelationCache, (void *)records, &bytes))
+        found = level2_in(records, bytes);
+    free(records);
+    return found;
+}
 #elif defined(__linux__)
 #include <stdio.h>
 

@@ -1,26 +1,18 @@
 /* job.h: claiming tasks by a counter for each range; waiting by spinning, then on a condition. */
+#define _GNU_SOURCE
 #include "job.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <time.h>
+#include "threads.h"
 
 /* How long the caller spins for helpers that are at their last tasks, in nanoseconds, before it
  * gives its CPU away. A helper that another process keeps from running can then move there. */
 #define SPIN_FOR_HELPERS 60000
-/* How long it sleeps at most before it looks for signals again. */
+/* How long it sleeps at most, in nanoseconds, before it looks for signals again. */
 #define LONGEST_SLEEP 50000000
 
-static pthread_mutex_t leaving_mutex = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t helper_left = PTHREAD_COND_INITIALIZER;
+static os_mutex leaving_mutex = MUTEX_INITIALIZER;
+static os_condition helper_left = CONDITION_INITIALIZER;
 static atomic_int sleeping_callers; /* of all jobs */
-
-long long nanoseconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 void pause_briefly(void)
 {
@@ -61,23 +53,19 @@ void leave_job(job *j)
     atomic_fetch_sub(&j->running, 1);
     /* A caller counts itself as sleeping before it looks at `running` for the last time. */
     if (atomic_load(&sleeping_callers)) {
-        pthread_mutex_lock(&leaving_mutex);
-        pthread_cond_broadcast(&helper_left);
-        pthread_mutex_unlock(&leaving_mutex);
+        lock(&leaving_mutex);
+        signal_all(&helper_left);
+        unlock(&leaving_mutex);
     }
 }
 
 static void sleep_for_helpers(job *j)
 {
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += LONGEST_SLEEP;
-    if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
-    pthread_mutex_lock(&leaving_mutex);
+    lock(&leaving_mutex);
     atomic_fetch_add(&sleeping_callers, 1);
-    if (atomic_load(&j->running)) pthread_cond_timedwait(&helper_left, &leaving_mutex, &until);
+    if (atomic_load(&j->running)) wait_on_for(&helper_left, &leaving_mutex, LONGEST_SLEEP);
     atomic_fetch_sub(&sleeping_callers, 1);
-    pthread_mutex_unlock(&leaving_mutex);
+    unlock(&leaving_mutex);
 }
 
 void wait_for_helpers(job *j)
@@ -91,7 +79,7 @@ void wait_for_helpers(job *j)
         }
         if (j->wait) j->wait(j->context);
         if (nanoseconds() < until)
-            sched_yield(); /* a helper may be waiting for this CPU */
+            yield_cpu(); /* a helper may be waiting for this CPU */
         else
             sleep_for_helpers(j);
     }

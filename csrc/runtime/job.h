@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
+#include "clock.h"
 #include "thread_pool.h"
 
 #define MAX_HELPERS 255
@@ -28,7 +29,7 @@ typedef struct {
     atomic_int running; /* helpers that have not yet left */
 } job;
 
-long long nanoseconds(void);
+/* Tells the CPU that the thread spins. */
 void pause_briefly(void);
 
 /* Divides `count` tasks among the job's threads. */

@@ -17,6 +17,7 @@
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
+#include <signal.h>
 #include <string.h>
 #include <time.h>
 
@@ -118,12 +119,39 @@ static long long clock_of(clockid_t clock)
     return clock_gettime(clock, &t) ? -1 : t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+static void *pass_gate(void *gate)
+{
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+/* Whether the system lets so many more threads run at once. An OpenMP runtime ends the process if it
+ * is refused one. */
+static int can_start(int count)
+{
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t started[MAX_HELPERS];
+    sigset_t all, before;
+    int running = 0;
+    if (count > MAX_HELPERS) return 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_mutex_lock(&gate);
+    while (running < count && !pthread_create(&started[running], NULL, pass_gate, &gate)) running++;
+    pthread_mutex_unlock(&gate);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    for (int i = 0; i < running; i++) pthread_join(started[i], NULL);
+    return running == count;
+}
+
 /* Whether a team of the caller's may be made; it counts, once. */
 static int may_be_made(const runtime *r)
 {
     const int more = r->max_threads(), most = THREADS_PER_CPU * qkv_usable_cpus();
-    return atomic_fetch_add(&threads_made, more) + more <= most ||
-           (atomic_fetch_sub(&threads_made, more), 0);
+    if (atomic_fetch_add(&threads_made, more) + more <= most && can_start(more - 1)) return 1;
+    atomic_fetch_sub(&threads_made, more);
+    return 0;
 }
 
 static void leave_alone(team *t)

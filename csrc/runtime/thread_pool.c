@@ -3,12 +3,8 @@
 #define _GNU_SOURCE
 #include "thread_pool.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <unistd.h>
-
 #include "job.h"
+#include "threads.h"
 
 /* How long an idle worker spins before it sleeps, in nanoseconds from the end of the last job on:
  * SPIN_MOST if that would have been enough the last time, else SPIN_LEAST. So it stays awake
@@ -52,21 +48,17 @@ typedef struct worker {
     struct worker *next_idle;
     _Atomic(job *) job;
     int thread; /* its number within the job */
-    pthread_t id;
-#if defined(__linux__)
-    cpu_set_t cpus; /* where it may run, while it is restricted to fewer */
-    int restricted;
-#endif
+    os_thread handle;
     atomic_int asleep;
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    os_mutex mutex;
+    os_condition wake;
 } worker;
 
 static job taken; /* stands in a worker's `job` while it works on one */
 static worker workers[MAX_HELPERS];
 static int worker_count;
 static worker *idle_workers;
-static pthread_mutex_t idle_mutex = PTHREAD_MUTEX_INITIALIZER;
+static os_mutex idle_mutex = MUTEX_INITIALIZER;
 static atomic_int running_jobs;
 static atomic_int assumed_cpus;
 static atomic_int threading = QKV_THREADING_AUTO;
@@ -78,7 +70,7 @@ static void note_fork(void) { atomic_store(&forked, 1); }
 
 __attribute__((constructor)) static void watch_forks(void)
 {
-    pthread_atfork(NULL, NULL, note_fork);
+    call_after_fork(note_fork);
 }
 
 int qkv_forked(void) { return atomic_load(&forked); }
@@ -89,12 +81,8 @@ int qkv_usable_cpus(void)
 {
     const int assumed = atomic_load_explicit(&assumed_cpus, memory_order_relaxed);
     if (assumed > 0) return assumed;
-#if defined(__linux__)
-    cpu_set_t cpus;
-    if (!sched_getaffinity(0, sizeof cpus, &cpus)) return CPU_COUNT(&cpus);
-#endif
-    const long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 && online < MAX_HELPERS ? (int)online : MAX_HELPERS + 1;
+    const int cpus = count_cpus();
+    return cpus > 0 ? cpus : MAX_HELPERS + 1;
 }
 
 /* Returns the job that was handed over, and marks it as taken; NULL if there is none, or if it was
@@ -110,26 +98,8 @@ static job *take_job(worker *self)
  * caller then does all the work. The worker lifts the restriction when it is awake. */
 static void wake_elsewhere(worker *w)
 {
-#if defined(__linux__)
-    const int here = sched_getcpu();
-    if (here >= 0 && !sched_getaffinity(0, sizeof w->cpus, &w->cpus)) {
-        cpu_set_t others = w->cpus;
-        CPU_CLR(here, &others);
-        w->restricted =
-            CPU_COUNT(&others) && !pthread_setaffinity_np(w->id, sizeof others, &others);
-    }
-#endif
-    pthread_cond_signal(&w->wake);
-}
-
-static void lift_restriction(worker *self)
-{
-#if defined(__linux__)
-    if (self->restricted) pthread_setaffinity_np(self->id, sizeof self->cpus, &self->cpus);
-    self->restricted = 0;
-#else
-    (void)self;
-#endif
+    keep_off_this_cpu(&w->handle);
+    signal_one(&w->wake);
 }
 
 /* Waits for a job and returns it. *spin is how long to spin before sleeping; it becomes the time
@@ -153,12 +123,12 @@ static job *wait_for_job(worker *self, long long *spin)
         }
     }
     if (!j) {
-        pthread_mutex_lock(&self->mutex);
+        lock(&self->mutex);
         atomic_store(&self->asleep, 1);
-        while (!(j = take_job(self))) pthread_cond_wait(&self->wake, &self->mutex);
+        while (!(j = take_job(self))) wait_on(&self->wake, &self->mutex);
         atomic_store(&self->asleep, 0);
-        lift_restriction(self);
-        pthread_mutex_unlock(&self->mutex);
+        lift_restriction(&self->handle);
+        unlock(&self->mutex);
         waited = j->began - idle_since;
     }
     if (waited < 0) waited = j->began - idle_since;
@@ -168,10 +138,10 @@ static job *wait_for_job(worker *self, long long *spin)
 
 static void join_idle_workers(worker *w)
 {
-    pthread_mutex_lock(&idle_mutex);
+    lock(&idle_mutex);
     w->next_idle = idle_workers;
     idle_workers = w;
-    pthread_mutex_unlock(&idle_mutex);
+    unlock(&idle_mutex);
 }
 
 /* Wakes the two threads of a job that this thread has to, if they sleep: all of n threads have been
@@ -182,13 +152,13 @@ static void wake_next(job *j, int thread)
         worker *w = j->hired[i - 1];
         /* A worker sets `asleep` under the mutex before it looks at `job` for the last time. */
         if (!atomic_load(&w->asleep)) continue;
-        pthread_mutex_lock(&w->mutex);
+        lock(&w->mutex);
         if (atomic_load(&w->asleep)) wake_elsewhere(w);
-        pthread_mutex_unlock(&w->mutex);
+        unlock(&w->mutex);
     }
 }
 
-static void *worker_main(void *argument)
+static thread_result THREAD_CALL worker_main(void *argument)
 {
     worker *self = argument;
     for (long long spin = SPIN_LEAST;;) {
@@ -199,22 +169,16 @@ static void *worker_main(void *argument)
         join_idle_workers(self);
         leave_job(j);
     }
-    return NULL;
+    return 0;
 }
 
+/* Returns NULL where the system refuses another thread: then the job has fewer. */
 static worker *start_worker(void)
 {
     worker *w = &workers[worker_count];
-    pthread_mutex_init(&w->mutex, NULL);
-    pthread_cond_init(&w->wake, NULL);
-    /* The program's signal handlers run on its own threads only. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    const int failed = pthread_create(&w->id, NULL, worker_main, w);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (failed) return NULL;
-    pthread_detach(w->id);
+    w->mutex = (os_mutex)MUTEX_INITIALIZER;
+    w->wake = (os_condition)CONDITION_INITIALIZER;
+    if (!start_thread(&w->handle, worker_main, w)) return NULL;
     worker_count++;
     return w;
 }
@@ -229,7 +193,7 @@ void qkv_notify_call_start(void)
 static int hire(worker **hired, int wanted)
 {
     int count = 0;
-    pthread_mutex_lock(&idle_mutex);
+    lock(&idle_mutex);
     while (count < wanted) {
         worker *w = idle_workers;
         if (w)
@@ -239,7 +203,7 @@ static int hire(worker **hired, int wanted)
         w->thread = count + 1;
         hired[count++] = w;
     }
-    pthread_mutex_unlock(&idle_mutex);
+    unlock(&idle_mutex);
     return count;
 }
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -226,6 +226,27 @@ def test_job_count() -> None:
     for wrong in ("0", "-1", "two", "1.5"):
         with pytest.raises(SystemExit, match=r"QKV_FAST_BUILD_JOBS is .* whole number above 0"):
             build_support.job_count({"QKV_FAST_BUILD_JOBS": wrong})
+
+
+def test_cl_is_refused_and_clang_cl_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cl = SimpleNamespace(compiler_type="msvc", cc="cl.exe")
+    with pytest.raises(build_support.BuildError, match=r"MSVC's cl cannot compile .* put clang-cl"):
+        build_support.choose_compiler(cl, {})
+    clang_cl = tmp_path / "clang-cl"
+    clang_cl.touch(mode=0o755)
+    build_support.choose_compiler(cl, {"CC": "cl"})
+    assert cl.cc == str(clang_cl)
+
+
+def test_flags_by_compiler() -> None:
+    assert build_support.options("unix", ["-O3"]) == (["-O3"], ["-pthread"])
+    assert build_support.options("msvc", ["-O3", "-g0"]) == (["/clang:-O3", "/clang:-g0"], [])
+    compiling, linking = build_support.options("mingw32", ["-O3"])
+    assert compiling[0] == "-O3"
+    assert not linking
 
 
 @pytest.fixture

@@ -203,6 +203,78 @@ def test_a_wrong_threading_variable_is_refused_by_name(native):
     assert "QKV_FAST_THREADING is 'fast': it must be one of auto, pool, openmp" in done.stderr
 
 
+REFUSES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+/* Set to how many more threads may start; below 0: any number. */
+int qkv_test_threads_left = -1;
+
+int pthread_create(pthread_t *id, const pthread_attr_t *attributes, void *(*run)(void *), void *x)
+{
+    int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+    if (qkv_test_threads_left == 0) return EAGAIN;
+    if (qkv_test_threads_left > 0) qkv_test_threads_left--;
+    *(void **)&real = dlsym(RTLD_NEXT, "pthread_create");
+    return real(id, attributes, run, x);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """Return a library that, preloaded, refuses threads from a given one on."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and a C compiler")
+    folder = tmp_path_factory.mktemp("refusing")
+    (folder / "refuses.c").write_text(REFUSES)
+    library = folder / "refuses.so"
+    command = [compiler, "-shared", "-fPIC", str(folder / "refuses.c"), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    return str(library)
+
+
+@has_tasks
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_threads_that_the_system_refuses_are_done_without(own_pool, refusing, allowed):
+    code = f"""
+import ctypes
+_native.assume_cpus(4)
+left = ctypes.c_int.in_dll(ctypes.CDLL(None), "qkv_test_threads_left")
+before = threads()
+left.value = {allowed}
+for _ in range(5):
+    assert (sdpa(q, q, q, num_threads=4) == expected).all()
+print(threads() - before)
+left.value = -1  # the next call starts those that are missing
+assert (sdpa(q, q, q, num_threads=4) == expected).all()
+print(threads() - before)
+"""
+    done = run_python(START + code, LD_PRELOAD=refusing, **POOL)
+    assert done.stdout.split() == [str(allowed), "3"], done.stderr
+
+
+@has_gomp
+@has_tasks
+def test_no_team_is_made_where_the_system_refuses_its_threads(own_pool, refusing):
+    code = """
+import ctypes
+_native.assume_cpus(4)
+left = ctypes.c_int.in_dll(ctypes.CDLL(None), "qkv_test_threads_left")
+before = threads()
+left.value = 2
+assert (sdpa(q, q, q, num_threads=4) == expected).all()
+print(threads() - before <= 2, _native.team_calls())
+"""
+    settings = {"LD_PRELOAD": f"{refusing}:{GOMP}", "OMP_NUM_THREADS": "4"}
+    done = run_python(START + code, OPENBLAS_NUM_THREADS="1", **settings)
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_the_pool_with_many_callers_under_a_sanitizer(tmp_path, sanitizer):
     compiler, sources = shutil.which("gcc"), ROOT / "csrc" / "runtime"
@@ -211,7 +283,10 @@ def test_the_pool_with_many_callers_under_a_sanitizer(tmp_path, sanitizer):
     program = tmp_path / "stress"
     command = [compiler, "-O1", "-g", "-std=gnu11", f"-fsanitize={sanitizer}", f"-I{ROOT}/csrc"]
     command += [str(Path(__file__).with_name("thread_pool_stress.c")), "-pthread", "-ldl"]
-    command += [str(sources / f"{name}.c") for name in ("job", "openmp_team", "thread_pool")]
+    command += [
+        str(sources / f"{name}.c")
+        for name in ("job", "openmp_team", "thread_pool", "threads_posix")
+    ]
     built = subprocess.run(
         [*command, "-o", str(program)], capture_output=True, text=True, check=False
     )

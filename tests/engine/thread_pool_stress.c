@@ -1,11 +1,15 @@
 /* Many callers of csrc/runtime's thread pool; some start a job within a task. Each task must run
- * once, and sanitizers must report nothing. Usage: thread_pool_stress callers jobs */
-#include <pthread.h>
+ * once, and sanitizers must report nothing. Usage: thread_pool_stress callers jobs
+ *
+ * Its threads are made as the pool's are, so that it runs on Windows too (tests/cross_windows.sh). */
+#define _GNU_SOURCE
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "runtime/clock.h"
 #include "runtime/thread_pool.h"
+#include "runtime/threads.h"
 
 enum { MOST = 37 };
 
@@ -15,6 +19,7 @@ typedef struct {
 } batch;
 
 static atomic_long wrong;
+static atomic_int running_callers;
 static int jobs;
 
 static void run_batch(batch *b);
@@ -35,24 +40,40 @@ static void run_batch(batch *b)
     for (int i = 0; i < b->count; i++) wrong += b->done[i] != 1;
 }
 
-static void *caller(void *number)
+static thread_result THREAD_CALL caller(void *number)
 {
     for (int i = 0; i < jobs; i++) {
         batch b = {.count = 1 + (int)((size_t)number + i) % MOST, .depth = i % 16 == 0};
         qkv_notify_call_start();
         run_batch(&b);
     }
-    return NULL;
+    atomic_fetch_sub(&running_callers, 1);
+    return 0;
+}
+
+/* Two tasks that each wait for the other: some other thread must have taken one. */
+static void meet(const void *context, int thread, ptrdiff_t i)
+{
+    atomic_int *arrived = (atomic_int *)context;
+    const long long latest = nanoseconds() + 30000000000;
+    (void)thread, (void)i;
+    atomic_fetch_add(arrived, 1);
+    while (atomic_load(arrived) < 2 && nanoseconds() < latest) yield_cpu();
+    wrong += atomic_load(arrived) < 2;
 }
 
 int main(int argc, char **argv)
 {
-    pthread_t threads[64];
+    os_thread threads[64];
     const int callers = argc > 1 ? atoi(argv[1]) : 16;
     jobs = argc > 2 ? atoi(argv[2]) : 1000;
     qkv_assume_cpus(8);
-    for (int i = 0; i < callers; i++) pthread_create(&threads[i], NULL, caller, (void *)(size_t)i);
-    for (int i = 0; i < callers; i++) pthread_join(threads[i], NULL);
+    running_callers = callers;
+    for (int i = 0; i < callers; i++)
+        if (!start_thread(&threads[i], caller, (void *)(size_t)i)) return 2;
+    while (atomic_load(&running_callers)) yield_cpu();
+    atomic_int arrived = 0;
+    qkv_run_tasks(meet, NULL, &arrived, 2, 2, 0);
     printf("%ld wrong\n", atomic_load(&wrong));
     return wrong != 0;
 }

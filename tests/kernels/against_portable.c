@@ -14,7 +14,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
 #include <sys/mman.h>
+#endif
 
 typedef const qkv_tile_kernels table;
 typedef struct {
@@ -32,15 +38,26 @@ static uint64_t seed = 1;
 static table *tested, *portable;
 static long comparisons, failures;
 
+/* SLOT_BYTES, and a page without access behind them. */
+static char *make_slot(void)
+{
+#if defined(_WIN32)
+    DWORD before;
+    char *slot = VirtualAlloc(NULL, SLOT_BYTES + PAGE, MEM_COMMIT | MEM_RESERVE, PAGE_READWRITE);
+    if (!slot || !VirtualProtect(slot + SLOT_BYTES, PAGE, PAGE_NOACCESS, &before)) abort();
+#else
+    char *slot = mmap(NULL, SLOT_BYTES + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                      -1, 0);
+    if (slot == MAP_FAILED || mprotect(slot + SLOT_BYTES, PAGE, PROT_NONE)) abort();
+#endif
+    return slot;
+}
+
 static void *take(size_t bytes)
 {
     if (slots_used == SLOTS || bytes > SLOT_BYTES) abort();
     char **slot = &slots[slots_used++];
-    if (!*slot) {
-        *slot = mmap(NULL, SLOT_BYTES + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                     -1, 0);
-        if (*slot == MAP_FAILED || mprotect(*slot + SLOT_BYTES, PAGE, PROT_NONE)) abort();
-    }
+    if (!*slot) *slot = make_slot();
     return *slot + SLOT_BYTES - bytes;
 }
 

@@ -6,6 +6,7 @@ are hidden between shared objects: other modules call what that module exports.
     kernels/kernels.h       isa.pyx
     runtime/convert.h       rows.pyx
     runtime/thread_pool.h   parallel.pyx
+    runtime/clock.h         parallel.pyx
     runtime/caches.h        tuning.pyx
 """
 
@@ -89,6 +90,9 @@ cdef extern from "runtime/thread_pool.h" nogil:
     void qkv_assume_cpus(int)
     void qkv_set_threading(int)
     long qkv_team_jobs()
+
+cdef extern from "runtime/clock.h" nogil:
+    long long nanoseconds()
 
 cdef extern from "runtime/caches.h" nogil:
     Py_ssize_t qkv_l2_bytes()

@@ -11,8 +11,8 @@ from cpython.ref cimport PyObject
 from cython.parallel cimport prange, threadid
 
 from .kernels cimport (
-    qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks, qkv_set_threading,
-    qkv_team_jobs, qkv_usable_cpus,
+    nanoseconds, qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks,
+    qkv_set_threading, qkv_team_jobs, qkv_usable_cpus,
 )
 from .shared cimport add_to_count, add_to_size, load_int, load_size, store_int
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
@@ -23,13 +23,6 @@ cdef extern from "Python.h":
     int PyErr_CheckSignals()
     PyObject *PyObject_CallFunction(PyObject *, const char *, ...)
     void Py_DECREF(PyObject *)
-
-cdef extern from "time.h" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int CLOCK_MONOTONIC
-    int clock_gettime(int, timespec *)
 
 cdef extern from *:
     """
@@ -53,9 +46,7 @@ cdef int cpu_quota = 1 << 16            # CPUs that the process may use the time
 
 
 cdef double seconds_now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return t.tv_sec + 1e-9 * t.tv_nsec
+    return 1e-9 * nanoseconds()
 
 
 cdef bint progress_raised(Interrupt *interrupt) noexcept:
