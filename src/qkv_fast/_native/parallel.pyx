@@ -8,10 +8,11 @@ for the build, in OpenMP's prange.
 import os
 
 from cython.parallel cimport prange, threadid
+from libc.stdint cimport uint64_t
 
 from .kernels cimport (
-    qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks, qkv_set_threading,
-    qkv_team_jobs, qkv_usable_cpus,
+    enter_default_mode, leave_default_mode, qkv_assume_cpus, qkv_forked, qkv_notify_call_start,
+    qkv_run_tasks, qkv_set_threading, qkv_team_jobs, qkv_usable_cpus,
 )
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
 from .types cimport Interrupt
@@ -79,18 +80,21 @@ cdef int raise_pending(const Interrupt *interrupt) except -1:
 cdef void run_one(const void *context, int thread, Py_ssize_t task) noexcept nogil:
     """Run a task of a loop, unless a signal ended it."""
     cdef const TaskLoop *loop = <const TaskLoop *>context
+    cdef uint64_t mode
     cdef double begin
     if loop.interrupt != NULL:
         if thread == 0 and task > 0:
             look_for_signals(loop.interrupt)
         if loop.interrupt.stop:
             return
+    mode = enter_default_mode()
     if loop.busy == NULL:
         loop.function(loop.context, thread, task)
-        return
-    begin = seconds_now()
-    loop.function(loop.context, thread, task)
-    loop.busy[thread] += seconds_now() - begin
+    else:
+        begin = seconds_now()
+        loop.function(loop.context, thread, task)
+        loop.busy[thread] += seconds_now() - begin
+    leave_default_mode(mode)
 
 
 cdef void wait_for_others(const void *context) noexcept nogil:
