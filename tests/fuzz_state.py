@@ -8,6 +8,8 @@ A corpus is a folder with two files, of a JSON object in each line:
 
 A case is a seed and a number. It is another case after a change of how cases are drawn: replay it
 all the same, since it still is one, and let a run with ``--corpus`` fill the gaps.
+
+`python tests/fuzz_state.py FROM TO` copies a corpus with no more cases than its pairs need.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,32 @@ class Corpus:
             self._known.add((seed, number))
             entry = {"seed": seed, "number": number, "kind": kind}
             append(self.folder / "failures.jsonl", entry)
+
+
+def smallest(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return some of the cases that have all pairs: in turn the one that adds the most."""
+    missing = {i: pairs(case["features"]) for i, case in enumerate(cases)}
+    chosen = []
+    while missing:
+        best = max(missing, key=lambda i: len(missing[i]))
+        added = missing.pop(best)
+        if added:
+            chosen.append(best)
+        missing = {i: rest for i, x in missing.items() if (rest := x - added)}
+    return [cases[i] for i in sorted(chosen)]
+
+
+def main() -> None:
+    source, target = map(Path, sys.argv[1:])
+    kept = smallest(entries(source / "pairs.jsonl") + entries(target / "pairs.jsonl"))
+    (target / "pairs.jsonl").unlink(missing_ok=True)
+    for entry in kept:
+        append(target / "pairs.jsonl", entry)
+    known = Corpus(target)
+    for entry in entries(source / "failures.jsonl"):
+        known.add_failure(entry["seed"], entry["number"], entry["kind"])
+    print(f"{target}: {len(known.cases())} cases")
+
+
+if __name__ == "__main__":
+    main()
