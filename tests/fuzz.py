@@ -1474,7 +1474,9 @@ class WeightsCase:
         eps = 2.0**-52 if self.wide else 2.0**-23
         scores = self.truth.sizes()[0]
         size = float(scores.max(initial=0, where=np.isfinite(scores))) + self.lse_size
-        part = min(1.0, eps * ((64 if self.wide else 16) + (8 + self.truth.bias()) * size))
+        part = eps * ((64 if self.wide else 16) + (8 + self.truth.bias()) * size)
+        if part > 1:  # a given lse of that size, as of masks of finfo.min, holds no digit of a sum
+            part = 1e30 if self.lse_size else 1.0
         least = 2.0 ** (-1015 if self.wide else -120)  # smaller weights may be 0
         for name, want in exact.items():
             if name == "weights":
