@@ -2495,7 +2495,6 @@ def run_all(arguments: argparse.Namespace) -> int:
         print(f"{file}: {state.done} cases of seed {state.seed} are done")
     corpus = fuzz_state.Corpus(Path(arguments.corpus)) if arguments.corpus else None
     bad = 0
-    faulthandler.enable()
     for seed, number in corpus.cases() if corpus is not None and not state.done else ():
         case, found = differences(seed, number, chosen(arguments))
         for kind, detail in by_kind(case, found, len(all_choices())).items():
@@ -2609,4 +2608,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())
