@@ -4,6 +4,11 @@
 always the same: `--seed s --case n` runs it alone and prints its arguments. Cases run in child
 processes: after a crash or a hang the run reports the number of the case and continues.
 
+`--resume FILE` keeps counts and differences in FILE, and continues where an earlier run with this
+file has stopped. `--corpus FOLDER` first runs the cases of a folder again (see fuzz_state.py), and
+adds to it cases in which it finds a difference or features that no case had together. With
+`--torch`, torch judges each result that it can compute too.
+
 All arrays of a case lie in buffers of bytes (`Memory`), whose gaps hold NaN. After each call the
 buffers are compared with a copy: only the elements of `out` may differ.
 """
@@ -15,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -28,11 +34,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fuzz_state
+import fuzz_torch
 import numpy as np
 import oracle
+import statistics_oracle
 
 import qkv_fast
-from qkv_fast import _loader, _select
+from qkv_fast import _loader, _select, analysis
 
 try:
     import ml_dtypes
@@ -51,8 +60,10 @@ HEAD_SIZES = (1, 2, 3, 4, 5, *LANES, 63, 64, 65, 127, 128, 129, 257)
 PAIRED = ("auto", "neonbf16", "avx512bf16", "amx")  # these round weights to bfloat16 too
 # A case that takes longer is reported as a hang.
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
+COUNTS, NEW_PAIR = "counts", "new pair"  # what a child reports beside differences
 AGAIN = 75  # exit status of a child that wants the next case to run in a new one
 GAP = 0xFF  # a byte of NaN in every floating type
+judge_by_torch = False  # --torch
 TINIEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 ULP = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -227,6 +238,19 @@ class Truth:
     take: Callable[[Array], Array] = lambda x: x
     _exact: tuple[Array, Array] | None = None
     _floor: tuple[Array, Array] | None = None
+    _by_torch: Truth | None = None
+
+    def has_torch(self) -> bool:
+        return self._by_torch is not None
+
+    def by_torch(self) -> Truth | None:
+        """Return this problem with torch's result as the exact one; None where torch has none."""
+        if self._by_torch is None:
+            out = fuzz_torch.attention(self.query, self.key, self.value, self.options)
+            if out is not None:
+                exact = self.take(out), self.exact()[1]
+                self._by_torch = dataclasses.replace(self, _exact=exact)
+        return self._by_torch
 
     def exact(self) -> tuple[Array, Array]:
         if self._exact is None:
@@ -463,6 +487,12 @@ class Case:
         paired = "bfloat16" in self.note and choice.isa in PAIRED
         rounds = paired and (self.query_dtype or self.dtype) == "bfloat16"
         detail = judge(self.truth, decode(copy, self.dtype), self.dtype, self.wide, rounds)
+        if not detail and judge_by_torch:
+            by_torch = self.truth.by_torch()
+            if by_torch is not None:
+                out = decode(copy, self.dtype)
+                detail = judge(by_torch, out, self.dtype, self.wide, rounds)
+                detail = detail and f"by torch: {detail}"
         if detail:
             return "result", detail, bits
         detail = judge_lse(self.truth, lse, self.wide, paired) if lse is not None else ""
@@ -848,12 +878,31 @@ def add_mask(
     case.arguments["attn_mask"] = place(draw, case.memories, data, name, bits=bits).array
 
 
+def draw_latent(draw: Draw, sizes: Sizes) -> slice | None:
+    """Return in some cases where in its key a value lies, as in latent attention."""
+    if not sizes.dv or not draw.chance(0.08):
+        return None
+    sizes.d, sizes.dv = max(sizes.d, sizes.dv), min(sizes.d, sizes.dv)
+    begin = 0 if draw.chance(0.6) else draw.whole(0, sizes.d - sizes.dv)
+    return slice(begin, begin + sizes.dv)
+
+
 def add_tensors(
-    draw: Draw, case: Case, tensors: dict[str, Array], names: dict[str, str], bits: bool
+    draw: Draw,
+    case: Case,
+    tensors: dict[str, Array],
+    names: dict[str, str],
+    bits: bool,
+    latent: slice | None = None,
 ) -> dict[str, Placed]:
-    """Place raw tensors in memory, in some cases several side by side in one array's last axis."""
+    """Place raw tensors in memory, in some cases several side by side in one array's last axis.
+
+    With `latent`, that part of the keys is the values.
+    """
     placed: dict[str, Placed] = {}
     rest = dict(tensors)
+    if latent is not None:
+        rest = {name: x for name, x in rest.items() if not name.startswith("value")}
     room = draw.pick((0, 0, 0, 200, 2000, 20000))
     for together in (("query", "key", "value"), ("key", "value"), ("key_pages", "value_pages")):
         parts = [rest.get(name) for name in together]
@@ -875,17 +924,25 @@ def add_tensors(
             del rest[part_name]
     for name, data in rest.items():
         placed[name] = place(draw, case.memories, data, names[name], bits=bits, room=room)
+    if latent is not None:
+        key_name, value_name = (n for n in tensors if n.startswith(("key", "value")))
+        array, memory, start = placed[key_name]
+        placed[value_name] = Placed(
+            array[..., latent], memory, start + latent.start * array.strides[-1]
+        )
     for name, one in placed.items():
         case.arguments[name] = one.array
     return placed
 
 
-def draw_dense(draw: Draw, sizes: Sizes | None = None) -> Case:
-    s = sizes or Sizes(draw)
+def draw_dense(draw: Draw, of_weights: bool = False) -> Case:
+    """Return a call; `of_weights`: its value has the batch axes of its key, and it has no out."""
+    s = Sizes(draw)
     name = draw.pick(("float32", "float32", *FLOATS))
     bits = name == "bfloat16" and (ml_dtypes is None or draw.chance(0.5))
     case = Case("scaled_dot_product_attention", {}, [], name, name == "float64", note=name)
     case.threads = draw.pick((2, 2, 3, 4))
+    latent = draw_latent(draw, s)
     shapes = {"query": (s.heads, s.q_len, s.d), "key": (s.kv_heads, s.kv_len, s.d)}
     shapes["value"] = (s.kv_heads, s.kv_len, s.dv)
     flat = s.batch == () and s.heads == s.kv_heads == 1 and draw.chance(0.5)
@@ -894,6 +951,8 @@ def draw_dense(draw: Draw, sizes: Sizes | None = None) -> Case:
         if draw.chance(0.12):
             lead = tuple(1 if draw.chance(0.5) else n for n in lead)[draw.whole(0, len(lead)) :]
         shapes[part] = shape[1:] if flat else (*lead, *shape)
+    if latent or of_weights:
+        shapes["value"] = (*shapes["key"][:-1], s.dv)
     s.batch = np.broadcast_shapes(*(x[:-3] for x in shapes.values()))
     batch = s.batch
     x = {part: numbers(draw, shape) for part, shape in shapes.items()}
@@ -902,9 +961,11 @@ def draw_dense(draw: Draw, sizes: Sizes | None = None) -> Case:
     if draw.chance(0.2):
         lengths = draw.rng.integers(0, s.kv_len + 1, batch if draw.chance(0.6) else ())
         truth["key_lengths"] = lengths
-    if draw.chance(0.06):
+    if draw.chance(0.06) and not of_weights:
         part = draw.pick(("query", "key", "value"))
         x[part] = spoil(draw, x[part])
+    if latent:
+        x["value"] = x["key"][..., latent]
     raw = {part: encode(data, name) for part, data in x.items()}
     exact = {part: decode(data, name) for part, data in raw.items()}
     if lengths is not None and draw.chance(0.6):
@@ -922,7 +983,7 @@ def draw_dense(draw: Draw, sizes: Sizes | None = None) -> Case:
             behind = np.arange(s.kv_len)[:, None] >= end
             raw[part] = np.where(behind, bad, raw[part]).astype(raw[part].dtype)
             exact[part] = np.where(behind, 0.0, exact[part])
-    placed = add_tensors(draw, case, raw, dict.fromkeys(raw, name), bits)
+    placed = add_tensors(draw, case, raw, dict.fromkeys(raw, name), bits, latent)
     if bits:
         case.arguments["dtype"] = "bfloat16"
     if s.group != 1 or draw.chance(0.2):
@@ -946,7 +1007,8 @@ def draw_dense(draw: Draw, sizes: Sizes | None = None) -> Case:
         )
     case.truth = Truth(exact["query"], exact["key"], exact["value"], truth)
     shape = (s.q_len, s.dv) if flat else (*heads, s.q_len, s.dv)
-    add_out(draw, case, shape, bits, placed["query"])
+    if not of_weights:
+        add_out(draw, case, shape, bits, placed["query"])
     return case
 
 
@@ -956,6 +1018,7 @@ def draw_varlen(draw: Draw) -> Case:
     bits = name == "bfloat16" and (ml_dtypes is None or draw.chance(0.5))
     case = Case("varlen_attention", {}, [], name, name == "float64", note=name)
     case.threads = draw.pick((2, 2, 3, 4))
+    latent = draw_latent(draw, s)
     count = draw.pick((1, 1, 2, 2, 3, 5, 9, 17, 40, 0))
     kind = draw.uniform()
     most_q, most_k = s.q_len, s.kv_len
@@ -980,6 +1043,8 @@ def draw_varlen(draw: Draw) -> Case:
     if draw.chance(0.06):
         part = draw.pick(("query", "key", "value"))
         x[part] = spoil(draw, x[part])
+    if latent:
+        x["value"] = x["key"][..., latent]
     raw = {part: encode(data, name) for part, data in x.items()}
     seen = lengths_k
     if draw.chance(0.2):
@@ -988,7 +1053,7 @@ def draw_varlen(draw: Draw) -> Case:
             raw[part] = np.array(raw[part])
             for i in range(count):
                 raw[part][cu_k[i] + seen[i] : cu_k[i + 1]] = encode(np.array(np.nan), name)
-    placed = add_tensors(draw, case, raw, dict.fromkeys(raw, name), bits)
+    placed = add_tensors(draw, case, raw, dict.fromkeys(raw, name), bits, latent)
     case.arguments["cu_seqlens_q"] = as_ints(draw, case.memories, cu_q)
     if not same or draw.chance(0.5):
         case.arguments["cu_seqlens_k"] = as_ints(draw, case.memories, cu_k)
@@ -1044,6 +1109,9 @@ def draw_paged(draw: Draw) -> Case:
     names = [draw.pick(("float32", *FLOATS))] * 3
     if draw.chance(0.4):
         names = [names[0], draw.pick((*FLOATS, "int8", "int8")), draw.pick((*FLOATS, "int8"))]
+    latent = draw_latent(draw, s)
+    if latent:
+        names[2] = names[1]
     bits = "bfloat16" in names and (ml_dtypes is None or draw.chance(0.5))
     case = Case("paged_attention", {}, [], names[0], "float64" in names, note="/".join(names))
     case.threads = draw.pick((2, 2, 3, 4))
@@ -1075,6 +1143,8 @@ def draw_paged(draw: Draw) -> Case:
     if draw.chance(0.05):
         part = draw.pick(("query", "key", "value"))
         x[part] = spoil(draw, x[part])
+    if latent:
+        x["value"] = x["key"][..., latent]
     live = np.zeros((pages, size), bool)  # rows that a sequence uses
     token_row, token = spread(lengths)
     where = table[token_row, token // size], token % size
@@ -1085,6 +1155,8 @@ def draw_paged(draw: Draw) -> Case:
         if name == "int8":
             rows = np.nan_to_num(x[part], posinf=3.0, neginf=-3.0).astype(np.float32)
             data, scales = quantize(rows)
+            if latent and part == "value":  # int8 rows of the keys, and scales of their own
+                data, scales = raw["key_pages"][..., latent], scales * np.float32(0.5)
             raw[f"{part}_scales"] = scales
             full = data * scales[..., None].astype(float)
         else:
@@ -1099,7 +1171,7 @@ def draw_paged(draw: Draw) -> Case:
         exact[part] = dense
     tensor_names = {"query": names[0], "key_pages": names[1], "value_pages": names[2]}
     tensors = {part: raw[part] for part in tensor_names}
-    placed = add_tensors(draw, case, tensors, tensor_names, bits)
+    placed = add_tensors(draw, case, tensors, tensor_names, bits, latent)
     for part in ("key", "value"):
         if f"{part}_scales" in raw:
             one = place(draw, case.memories, raw[f"{part}_scales"], swap=0)
@@ -1276,6 +1348,281 @@ class MergeCase:
 
     def describe(self) -> str:
         lines = [f"merge_attention {self.name} -> {self.out_name}"]
+        lines += [f"  {name} = {described(x)}" for name, x in self.arguments.items()]
+        return "\n".join(lines)
+
+
+# --- Weights, what keys receive, statistics -------------------------------------------------------
+
+
+class WeightsCase:
+    """A call of attention_weights, attention_received or attention_statistics."""
+
+    def __init__(self, draw: Draw) -> None:
+        case = draw_dense(draw, of_weights=True)
+        assert case.truth is not None
+        self.function = draw.pick(
+            ("attention_weights", "attention_received", "attention_statistics")
+        )
+        self.memories, self.wide, self.threads = case.memories, case.wide, case.threads
+        self.truth, self.note = case.truth, case.note
+        given = {n: x for n, x in case.arguments.items() if n not in ("value", "return_lse")}
+        self.selection: Options = {}
+        q = self.truth.query
+        heads = 0 if q.ndim == 2 else q.shape[-3]
+        for name, count in ("rows", q.shape[-2]), ("heads", heads):
+            if draw.chance(0.3) and (name == "rows" or q.ndim > 2):
+                self.selection[name] = self.choose(draw, count)
+        self.more: Options = {}
+        if self.function == "attention_weights" and draw.chance(0.5):
+            self.more["stage"] = draw.pick(("scaled", "softcapped", "masked"))
+        real = "f8" if self.wide else "f4"
+        self.lse_size = 0.0
+        if self.function != "attention_statistics" and not self.more and draw.chance(0.25):
+            lse = np.asarray(self.truth.exact()[1]).astype(real)
+            self.lse_size = float(np.abs(lse).max(initial=0, where=np.isfinite(lse)))
+            given["lse"] = place(draw, self.memories, lse).array
+        self.out: Placed | None = None
+        self.allowed: Array | None = None
+        self.arguments = given | self.selection | self.more
+        if self.function != "attention_statistics" and draw.chance(0.4):
+            shape = self.expected(np.float64)["result"].shape
+            strides, start, size = layout(draw, shape, np.dtype(real).itemsize)
+            memory = Memory(size + 64)
+            self.memories.append(memory)
+            array = np.ndarray(shape, real, memory.bytes, start, strides)
+            self.out, self.arguments["out"] = Placed(array, memory, start), array
+            self.allowed = np.zeros(len(memory.bytes), bool)
+            shape = (*shape, array.itemsize)
+            np.ndarray(shape, bool, self.allowed, start, (*strides, 1))[...] = True
+
+    @staticmethod
+    def choose(draw: Draw, count: int) -> Any:
+        """Return some of `count` rows or heads, as a slice or a list."""
+        if draw.chance(0.4):
+            step = draw.pick((None, 1, 2, -1))
+            return slice(draw.pick((None, -3, count // 2)), draw.pick((None, count)), step)
+        picked = [draw.whole(-count, count - 1) for _ in range(draw.whole(0, 5))] if count else []
+        return draw.pick((list, np.array))(picked) if picked else picked
+
+    def expected(self, real: Any) -> dict[str, Array]:
+        """Return the answer by the oracle, by its arrays' names."""
+        t = self.truth
+        options = t.options | self.more
+        if self.function == "attention_statistics":
+            return statistics_oracle.statistics(
+                t.query, t.key, real=real, **self.selection, **options
+            )
+        if self.function == "attention_received":
+            x = statistics_oracle.received(t.query, t.key, real=real, **self.selection, **options)
+        else:
+            x = oracle.weights(t.query, t.key, real=real, **options)
+            x = statistics_oracle.selected(x, **self.selection, ends=1)
+        return {"result": x}
+
+    def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
+        for memory in self.memories:
+            memory.seal()
+        for choice in suited(choices, "float32", self.wide):
+            one = None
+            for threads in (1, self.threads) if choice.engine == "native" else (1,):
+                what, detail, bits = self.attempt(choice, threads)
+                if not what and one is not None and bits != one:
+                    what = "threads change bits"
+                if what:
+                    yield Difference(what, label(choice), f"{detail} [{threads} threads]")
+                one = one or bits
+
+    def attempt(self, choice: _select.Choice, threads: int) -> tuple[str, str, bytes | None]:
+        """Call once; return the kind of a difference, its details, and the bits of the answer."""
+        module = qkv_fast if self.function == "attention_weights" else analysis
+        try:
+            with in_force(choice):
+                answer = call(
+                    getattr(module, self.function), self.arguments | {"num_threads": threads}
+                )
+        except Exception as error:
+            return f"raised {type(error).__name__}", str(error), None
+        if self.out is not None and answer is not self.arguments["out"]:
+            return "the answer is not out", "", None
+        named = answer._asdict() if isinstance(answer, tuple) else {"result": answer}
+        got = {name: np.array(x) for name, x in named.items()}
+        bits = b"".join(x.tobytes() for x in got.values())
+        changed = [
+            memory.changed(
+                self.allowed if self.out is not None and memory is self.out.memory else None
+            )
+            for memory in self.memories
+        ]
+        for memory in self.memories:
+            memory.restore()
+        if any(changed):
+            return "wrote to an input, or beside out", "", bits
+        for name, x in got.items():
+            if name != "max_key" and x.dtype != (np.float64 if self.wide else np.float32):
+                return "dtype", f"{name}: {x.dtype}", bits
+        with np.errstate(all="ignore"):
+            return (*self.judge(got), bits)
+
+    def judge(self, got: dict[str, Array]) -> tuple[str, str]:
+        """Return the kind of a difference and its details, or empty strings.
+
+        A weight has the relative error that its score and its row's log-sum-exp have as numbers: of
+        16 units in the last place, and 8 times the bound of the scores.
+        """
+        exact, plain = self.expected(np.float64), None
+        eps = 2.0**-52 if self.wide else 2.0**-23
+        scores = self.truth.sizes()[0]
+        size = float(scores.max(initial=0, where=np.isfinite(scores))) + self.lse_size
+        part = eps * ((64 if self.wide else 16) + (8 + self.truth.bias()) * size)
+        if part > 1:  # a given lse of that size, as of masks of finfo.min, holds no digit of a sum
+            part = 1e30 if self.lse_size else 1.0
+        least = 2.0 ** (-1015 if self.wide else -120)  # smaller weights may be 0
+        for name, want in exact.items():
+            if name == "weights":
+                continue
+            x = got[name].astype(float)
+            if x.shape != want.shape:
+                return "shape", f"{name}: {x.shape} instead of {want.shape}"
+            floor = part * (np.abs(want) if self.more.get("stage") is None else 1.0) + least
+            if name == "entropy":
+                floor = part * (np.abs(want) + 2) + least
+            elif name == "mean_distance":
+                offset = np.abs(np.asarray(self.truth.options.get("query_offset", 0))).astype(float)
+                far = float(offset.max(initial=0)) + sum(self.truth.query.shape[-2:-1])
+                far += self.truth.key.shape[-2]
+                floor = 2 * floor + far * (4 * eps + least)
+            elif name == "result" and self.function == "attention_received":
+                floor = floor + self.truth.query.shape[-2] * least
+            odd = ~np.isfinite(want)
+            if name != "result":  # a row with a NaN: where it shows is in the docstring
+                odd = odd | np.isnan(exact["weights"]).any(axis=-1)
+                wrong = np.zeros(want.shape, bool)
+            else:
+                wrong = odd & ~((x == want) | (np.isnan(x) & np.isnan(want)))
+            wrong |= ~odd & ~(np.abs(x - want) <= floor)
+            if wrong.any():
+                plain = plain or self.expected(np.float64 if self.wide else np.float32)
+                off = np.abs(plain[name].astype(float) - want)
+                off = np.max(off, where=np.isfinite(off) & ~odd, initial=0.0)
+                wrong &= odd | ~(np.abs(x - want) <= 2 * off + floor)
+            if wrong.any():
+                return "result", f"{name}: " + first(wrong, x, want)
+        if "max_key" not in got:
+            return "", ""
+        w, key = exact["weights"], got["max_key"]
+        top = w.max(axis=-1, initial=0)
+        compared = (key >= 0) & (top > least)
+        if key.size and ((key < -1) | (key >= max(1, w.shape[-1]))).any():
+            return "result", f"max_key is out of range: {key.min()} to {key.max()}"
+        if ((key < 0) & (top > least) & ~np.isnan(top)).any():
+            return "result", "max_key is -1 in a row that sees keys"
+        if compared.any():
+            there = np.take_along_axis(w, np.maximum(key, 0)[..., None], axis=-1)[..., 0]
+            wrong = compared & ~(there >= (1 - 2 * part) * top)
+            if wrong.any():
+                return "result", "max_key: " + first(wrong, there, top)
+        return "", ""
+
+    def describe(self) -> str:
+        lines = [f"{self.function} {self.note}, {self.threads} threads"]
+        lines += [f"  {name} = {described(x)}" for name, x in self.arguments.items()]
+        return "\n".join(lines)
+
+
+# --- Parts of the keys ----------------------------------------------------------------------------
+
+
+class PartsCase:
+    """Calls over parts of the keys, merged, against one call over all of them."""
+
+    function = "merge_attention of parts"
+
+    def __init__(self, draw: Draw) -> None:
+        s = Sizes(draw)
+        name = self.name = draw.pick(FLOATS)
+        self.bits = name == "bfloat16" and (ml_dtypes is None or draw.chance(0.5))
+        self.wide, self.threads = name == "float64", draw.pick((2, 3))
+        self.memories: list[Memory] = []
+        self.note = name
+        shapes = {"query": (*s.batch, s.heads, s.q_len, s.d)}
+        shapes["key"] = (*s.batch, s.kv_heads, s.kv_len, s.d)
+        shapes["value"] = (*s.batch, s.kv_heads, s.kv_len, s.dv)
+        raw = {part: encode(numbers(draw, shape), name) for part, shape in shapes.items()}
+        exact = {part: decode(data, name) for part, data in raw.items()}
+        self.arguments = {
+            part: place(draw, self.memories, data, name, bits=self.bits).array
+            for part, data in raw.items()
+        }
+        truth: Options = {"query_offset": draw.whole(-2, s.kv_len + 2)}
+        truth["is_causal"] = draw.chance(0.4)
+        if draw.chance(0.3):
+            truth["window"] = draw.pick((5, 0, 70, None)), draw.pick((3, 0, None))
+        if draw.chance(0.2):
+            truth["softcap"] = 5.0
+        if draw.chance(0.2):
+            truth["alibi_slopes"] = draw.rng.random(s.heads) * 0.3
+        if draw.chance(0.3):
+            share = draw.pick((0.1, 0.5, 0.9))
+            truth["attn_mask"] = draw.rng.random((s.q_len, s.kv_len)) < share
+        self.options = dict(truth)
+        self.sinks = draw.rng.standard_normal(s.heads) if draw.chance(0.3) and s.heads else None
+        if self.sinks is not None:
+            truth["sinks"] = self.sinks
+        self.truth = Truth(exact["query"], exact["key"], exact["value"], truth)
+        cuts = sorted(draw.whole(0, s.kv_len) for _ in range(draw.pick((1, 1, 2, 4))))
+        self.cuts = [0, *cuts, s.kv_len]
+
+    def run(self, choices: Sequence[_select.Choice]) -> Iterator[Difference]:
+        for memory in self.memories:
+            memory.seal()
+        for choice in suited(choices, self.name, self.wide):
+            what, detail = self.attempt(choice)
+            if what:
+                yield Difference(what, label(choice), detail)
+
+    def attempt(self, choice: _select.Choice) -> tuple[str, str]:
+        q, k, v = (self.arguments[part] for part in ("query", "key", "value"))
+        outs, lses = [], []
+        more: Options = {"dtype": "bfloat16"} if self.bits else {}
+        if self.name in ("float16", "bfloat16"):
+            more["out_dtype"] = "float32"
+        merging: Options = {"out_dtype": self.name} if not self.wide else {}
+        if self.sinks is not None:
+            merging["sinks"] = self.sinks
+        try:
+            with in_force(choice):
+                for begin, end in itertools.pairwise(self.cuts):
+                    options = dict(self.options)
+                    options["query_offset"] -= begin
+                    if "attn_mask" in options:
+                        options["attn_mask"] = options["attn_mask"][:, begin:end]
+                    arrays = q, k[..., begin:end, :], v[..., begin:end, :]
+                    options |= more | {"num_threads": self.threads, "enable_gqa": True}
+                    out, lse = call(
+                        qkv_fast.scaled_dot_product_attention,
+                        dict(zip(("query", "key", "value"), arrays, strict=True), return_lse=True)
+                        | options,
+                    )
+                    outs.append(out)
+                    lses.append(lse)
+                out, lse = call(
+                    qkv_fast.merge_attention,
+                    {"outputs": outs, "lses": lses, "num_threads": self.threads} | merging,
+                )
+        except Exception as error:
+            return f"raised {type(error).__name__}", str(error)
+        if any(memory.changed() for memory in self.memories):
+            return "wrote to an input", ""
+        paired = self.name == "bfloat16" and choice.isa in PAIRED
+        detail = judge(self.truth, decode(out, self.name), self.name, self.wide, paired)
+        if detail:
+            return "result", detail
+        detail = judge_lse(self.truth, lse, self.wide, paired)
+        return ("lse", detail) if detail else ("", "")
+
+    def describe(self) -> str:
+        lines = [f"{self.function} {self.note}, cut at {self.cuts}, {self.options}"]
         lines += [f"  {name} = {described(x)}" for name, x in self.arguments.items()]
         return "\n".join(lines)
 
@@ -1952,17 +2299,59 @@ def make(seed: int, number: int) -> Any:
     """Return case `number` of a seed."""
     draw = Draw(seed, number)
     kind = draw.uniform()
-    if kind < 0.42:
+    if kind < 0.38:
         return draw_dense(draw)
-    if kind < 0.62:
+    if kind < 0.56:
         return draw_varlen(draw)
-    if kind < 0.78:
+    if kind < 0.70:
         return draw_paged(draw)
-    if kind < 0.84:
+    if kind < 0.76:
         return CacheWalk(draw)
-    if kind < 0.87:
+    if kind < 0.79:
         return MergeCase(draw)
+    if kind < 0.82:
+        return PartsCase(draw)
+    if kind < 0.91:
+        return WeightsCase(draw)
     return draw_refused(draw)
+
+
+def features(case: Any) -> list[str]:
+    """Return what a case is about: its function, types, arguments, layouts and sizes."""
+    note = getattr(case, "note", getattr(case, "name", ""))
+    found = {case.function, *note.split("/")} if getattr(case, "truth", True) else set()
+    if isinstance(case, CacheWalk):
+        calls = (line.split("(")[0].split(" ")[0] for line in case.log)
+        return sorted({case.function, case.name, *calls})
+    if not found:
+        return ["refused", f"refused: {case.function}", "refused: " + case.note.split(" ")[0]]
+    threads = getattr(case, "threads", 1)
+    found.add(f"{threads} threads")
+    shapes = {}
+    for name, x in case.arguments.items():
+        found.add(name)
+        if not isinstance(x, np.ndarray):
+            continue
+        shapes[name.removesuffix("_pages")] = x.shape
+        traits = {"big-endian": not x.dtype.isnative, "unaligned": not x.flags.aligned,
+                  "strided": x.ndim > 0 and x.strides[-1] not in (0, x.itemsize),
+                  "broadcast": 0 in x.strides and x.size > 1}  # fmt: skip
+        if x.dtype == bool:
+            found.add(f"bool {name}")
+        if name in ("query", "key", "value", "key_pages", "value_pages", "attn_mask", "out"):
+            found |= {f"{trait} {name}" for trait, holds in traits.items() if holds}
+    if "key" in shapes and "query" in shapes and "" not in shapes:
+        axes = {"Lq": shapes["query"][-2], "Lk": shapes["key"][-2], "D": shapes["key"][-1]}
+        if "value" in shapes:
+            axes["Dv"] = shapes["value"][-1]
+        for axis, n in axes.items():
+            bound = next((b for b in (0, 1, 16, 64, 256, 2048) if n <= b), math.inf)
+            found.add(f"{axis} <= {bound}")
+    if isinstance(case, Case) and case.truth is not None:
+        tensors = (case.truth.query, case.truth.key, case.truth.value)
+        if not all(np.isfinite(x).all() for x in tensors):
+            found.add("not finite")
+    return sorted(found)
 
 
 def differences(
@@ -2001,6 +2390,8 @@ def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
     use_many_threads()
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    corpus = fuzz_state.Corpus(Path(arguments.corpus)) if arguments.corpus else None
+    counts: collections.Counter[str] = collections.Counter()
     with open(arguments.child, "r+b", buffering=0) as progress:
         for number in range(arguments.first, arguments.first + arguments.cases):
             os.pwrite(progress.fileno(), f"{number:020d}".encode(), 0)
@@ -2012,6 +2403,13 @@ def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
                     suited(choices, getattr(case, "dtype", ""), getattr(case, "wide", False))
                 )
                 facts = list(by_kind(case, found, number_of).items())
+                counts[case.function] += 1
+                truth = getattr(case, "truth", None)
+                counts["torch"] += truth is not None and truth.has_torch()
+                if corpus is not None:
+                    shown = features(case)
+                    if corpus.is_new(shown):
+                        print(json.dumps([number, NEW_PAIR, shown]), flush=True)
             except Exception as error:  # an error in this file
                 trace = error.__traceback__
                 while trace is not None and trace.tb_next is not None:
@@ -2021,14 +2419,20 @@ def child(arguments: argparse.Namespace, choices: list[_select.Choice]) -> int:
             for kind, detail in facts:
                 print(json.dumps([number, kind, detail]), flush=True)
             if any(kind.startswith("not refused") for kind, _ in facts):
+                print(json.dumps([number, COUNTS, counts]), flush=True)
                 os._exit(AGAIN)  # a call with invalid arguments may have overwritten any memory
+    print(json.dumps([number, COUNTS, counts]), flush=True)
     return 0
 
 
 def run_chunk(
     arguments: argparse.Namespace, begin: int, end: int
-) -> Iterator[tuple[int, str, str]]:
-    """Run cases in child processes; start a new one after a crash."""
+) -> Iterator[tuple[int, str, Any]]:
+    """Run cases in child processes; start a new one after a crash.
+
+    Yield the number of a case, a kind of difference and its details; or COUNTS or NEW_PAIR, and
+    what `child` prints with them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "number"
         while begin < end:
@@ -2037,6 +2441,10 @@ def run_chunk(
             command += [str(begin), "--cases", str(end - begin), "--child", str(progress)]
             if arguments.engines:
                 command += ["--engines", arguments.engines]
+            if arguments.torch:
+                command += ["--torch"]
+            if arguments.corpus:
+                command += ["--corpus", arguments.corpus]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             for line in done.stdout.splitlines():
                 number, kind, detail = json.loads(line)
@@ -2078,37 +2486,69 @@ def excerpt(text: str, mark: str = "ERROR: AddressSanitizer", count: int = 12) -
 
 def run_all(arguments: argparse.Namespace) -> int:
     """Run all cases; print the differences by kind; return the exit status."""
-    kinds: dict[str, list[int]] = collections.defaultdict(list)
-    start, done, last = time.perf_counter(), 0, 0.0
-    end = arguments.first + arguments.cases
-    for begin in range(arguments.first, end, arguments.chunk):
-        stop = min(end, begin + arguments.chunk)
+    state = fuzz_state.State(arguments.seed, arguments.first, arguments.cases, next=arguments.first)
+    file = Path(arguments.resume) if arguments.resume else None
+    if file is not None and file.exists():
+        state = fuzz_state.load_state(file)
+        state.cases = max(state.cases, arguments.cases)
+        arguments.seed = state.seed
+        print(f"{file}: {state.done} cases of seed {state.seed} are done")
+    corpus = fuzz_state.Corpus(Path(arguments.corpus)) if arguments.corpus else None
+    bad = 0
+    for seed, number in corpus.cases() if corpus is not None and not state.done else ():
+        case, found = differences(seed, number, chosen(arguments))
+        for kind, detail in by_kind(case, found, len(all_choices())).items():
+            print(f"CORPUS {kind}\n    seed {seed}, case {number}: {detail}", flush=True)
+            bad += 1
+    start, last = time.perf_counter(), 0.0
+    before, end = state.done, state.first + state.cases
+    for begin in range(state.next, end, arguments.chunk):
+        stop, begun = min(end, begin + arguments.chunk), time.perf_counter()
+        counts: collections.Counter[str] = collections.Counter()
         for number, kind, detail in run_chunk(arguments, begin, stop):
-            if not kinds[kind]:
-                print(f"NEW {kind}\n    case {number}: {detail}\n    {again(arguments, number)}",
-                      flush=True)  # fmt: skip
-            kinds[kind].append(number)
-        done += stop - begin
+            if kind == COUNTS:
+                counts.update(detail)
+            elif kind == NEW_PAIR:
+                if corpus is not None and corpus.is_new(detail):
+                    corpus.add(state.seed, number, detail)
+            else:
+                if state.add_difference(kind, number, detail):
+                    print(f"NEW {kind}\n    case {number}: {detail}\n    "
+                          f"{again(arguments, number)}", flush=True)  # fmt: skip
+                    if corpus is not None:
+                        corpus.add_failure(state.seed, number, kind)
+        state.add_cases(stop, time.perf_counter() - begun, counts)
+        if file is not None:
+            state.save(file)
         seconds = time.perf_counter() - start
         if seconds - last > 10:
-            last = seconds
-            print(f"{done} cases, {done / seconds:.0f} a second, {len(kinds)} kinds of differences",
-                  flush=True)  # fmt: skip
-    seconds = time.perf_counter() - start
-    print(
-        f"\n{done} cases of seed {arguments.seed} in {seconds:.0f} s, {done / seconds:.0f} a second"
-    )
-    for kind, numbers in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        shown = ", ".join(map(str, list(dict.fromkeys(numbers))[:4]))
-        print(f"{len(numbers):6d}  {kind}\n        cases {shown}")
-    if not kinds:
+            last, rate = seconds, (state.done - before) / seconds
+            print(f"{state.done} cases, {rate:.0f} a second, {len(state.kinds)} kinds of "
+                  "differences", flush=True)  # fmt: skip
+        if arguments.seconds and seconds > arguments.seconds:
+            break
+    print(f"\n{state.done} cases of seed {state.seed} in {state.seconds:.0f} s, "
+          f"{state.done / max(state.seconds, 1e-9):.0f} a second")  # fmt: skip
+    print(", ".join(f"{name}: {count}" for name, count in sorted(state.counts.items())))
+    for kind, known in sorted(state.kinds.items(), key=lambda item: -item[1]["count"]):
+        shown = ", ".join(map(str, known["cases"][:4]))
+        print(f"{known['count']:6d}  {kind}\n        cases {shown}")
+    if not state.kinds and not bad:
         print("no differences")
-    return 1 if kinds else 0
+    return 1 if state.kinds or bad else 0
+
+
+def chosen(arguments: argparse.Namespace) -> list[_select.Choice]:
+    """Return the engines that the arguments name, or all."""
+    choices = all_choices()
+    words = arguments.engines.split(",") if arguments.engines else []
+    return [choice for choice in choices if not words or label(choice) in words]
 
 
 def again(arguments: argparse.Namespace, number: int) -> str:
     command = f"python tests/fuzz.py --seed {arguments.seed} --case {number}"
-    return command + (f" --engines {arguments.engines}" if arguments.engines else "")
+    command += f" --engines {arguments.engines}" if arguments.engines else ""
+    return command + (" --torch" if arguments.torch else "")
 
 
 def use_many_threads() -> None:
@@ -2143,15 +2583,22 @@ def main() -> int:
         "--engines", default="", help="such as python,native-simd-avx2,native-auto-auto"
     )
     parser.add_argument("--chunk", type=int, default=1000, help="cases of one child process")
+    parser.add_argument("--resume", help="file of counts and differences, to stop and continue")
+    parser.add_argument("--corpus", help="folder of cases to run first, which new ones join")
+    parser.add_argument("--seconds", type=float, help="start no more chunks after this time")
+    parser.add_argument("--torch", action="store_true", help="judge by torch too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    choices = all_choices()
-    if arguments.engines:
-        words = arguments.engines.split(",")
-        unknown = set(words) - set(map(label, choices))
-        if unknown:
-            parser.error(f"no such engine here: {unknown}; there are {[*map(label, choices)]}")
-        choices = [choice for choice in choices if label(choice) in words]
+    unknown = set(filter(None, arguments.engines.split(","))) - set(map(label, all_choices()))
+    if unknown:
+        parser.error(f"no such engine here: {unknown}; there are {[*map(label, all_choices())]}")
+    choices = chosen(arguments)
+    if arguments.torch:
+        import torch
+
+        torch.set_num_threads(1)
+        global judge_by_torch
+        judge_by_torch = True
     if arguments.case is not None:
         return run_one(arguments, choices)
     if arguments.child:
@@ -2161,4 +2608,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

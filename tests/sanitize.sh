@@ -5,6 +5,7 @@
 #   tests/sanitize.sh                                      500 cases, in a new temporary folder
 #   tests/sanitize.sh /tmp/san --seed 3 --cases 5000       in this folder
 #   tests/sanitize.sh /tmp/san --seed 3 --case 17          one case, with the whole report
+#   tests/sanitize.sh /tmp/san pytest -q tests/kernels     tests instead
 #
 # It copies the tree to FOLDER and builds it there with gcc, which takes minutes. A FOLDER that has a
 # built engine is used as it is: remove it when sources have changed. PYTHON names the interpreter.
@@ -39,8 +40,14 @@ halt="halt_on_error=1"
 [ -z "${KEEP_GOING:-}" ] || halt="halt_on_error=0"
 # PYTHONMALLOC: each array's memory is one that AddressSanitizer watches.
 cd "$folder"
+if [ "$1" = pytest ]; then
+    shift
+    set -- -m pytest -p no:cacheprovider "$@"
+else
+    set -- tests/fuzz.py "$@"
+fi
 LD_PRELOAD="$libraries" \
 ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:handle_segv=1" \
 UBSAN_OPTIONS="print_stacktrace=1:$halt" \
 PYTHONMALLOC=malloc FUZZ_SECONDS="${FUZZ_SECONDS:-600}" PYTHONPATH="$folder/src:$folder/tests" \
-    exec "$python" tests/fuzz.py "$@"
+    exec "$python" "$@"

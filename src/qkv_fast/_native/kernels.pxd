@@ -8,6 +8,7 @@ are hidden between shared objects: other modules call what that module exports.
     runtime/thread_pool.h   parallel.pyx
     runtime/clock.h         parallel.pyx
     runtime/caches.h        tuning.pyx
+    runtime/fp_mode.h       inline
 """
 
 from libc.stdint cimport uint64_t
@@ -93,6 +94,10 @@ cdef extern from "runtime/thread_pool.h" nogil:
 
 cdef extern from "runtime/clock.h" nogil:
     long long nanoseconds()
+
+cdef extern from "runtime/fp_mode.h" nogil:
+    uint64_t enter_default_mode()
+    void leave_default_mode(uint64_t)
 
 cdef extern from "runtime/caches.h" nogil:
     Py_ssize_t qkv_l2_bytes()

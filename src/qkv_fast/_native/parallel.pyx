@@ -9,10 +9,11 @@ import os
 
 from cpython.ref cimport PyObject
 from cython.parallel cimport prange, threadid
+from libc.stdint cimport uint64_t
 
 from .kernels cimport (
-    nanoseconds, qkv_assume_cpus, qkv_forked, qkv_notify_call_start, qkv_run_tasks,
-    qkv_set_threading, qkv_team_jobs, qkv_usable_cpus,
+    enter_default_mode, leave_default_mode, nanoseconds, qkv_assume_cpus, qkv_forked,
+    qkv_notify_call_start, qkv_run_tasks, qkv_set_threading, qkv_team_jobs, qkv_usable_cpus,
 )
 from .shared cimport add_to_count, add_to_size, load_int, load_size, store_int
 from .tuning cimport SERIAL_WORK, SIGNAL_MILLISECONDS
@@ -89,18 +90,21 @@ cdef int raise_pending(Interrupt *interrupt) except -1:
 cdef void run_one(const void *context, int thread, Py_ssize_t task) noexcept nogil:
     """Run a task of a loop, unless the caller's code ended it."""
     cdef const TaskLoop *loop = <const TaskLoop *>context
+    cdef uint64_t mode
     cdef double begin
     if loop.interrupt != NULL:
         if thread == 0 and task > 0:
             look_for_signals(loop.interrupt)
         if loop.interrupt.stop:
             return
+    mode = enter_default_mode()
     if loop.busy == NULL:
         loop.function(loop.context, thread, task)
     else:
         begin = seconds_now()
         loop.function(loop.context, thread, task)
         loop.busy[thread] += seconds_now() - begin
+    leave_default_mode(mode)
     if loop.interrupt != NULL and loop.interrupt.progress != NULL:
         add_to_size(&loop.interrupt.done, 1)
 
