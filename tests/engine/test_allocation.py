@@ -20,7 +20,7 @@ from helpers import count_of, normal, run_python
 import qkv_fast
 from qkv_fast import _loader, _select, analysis
 
-SHAPES = count_of("QKV_TEST_SHAPES", 3000)
+SHAPES = count_of("QKV_TEST_SHAPES", 6000)
 KEPT = {k: os.environ[k] for k in _select.VARIABLES if k in os.environ}
 KEPT_BYTES = 32 << 20  # of _native/tuning.pxd
 is_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -297,4 +297,4 @@ def test_calls_of_changing_shapes_leak_nothing():
     grown, blocks, most = map(int, done.stdout.split())
     print(f"{SHAPES} calls: {grown / 1024:.0f} KiB more, {blocks} blocks, {most >> 20} MiB at most")
     assert grown < 4 << 20
-    assert blocks < SHAPES // 20 + 100
+    assert blocks < max(1500, SHAPES // 20)  # NumPy and Python keep up to a thousand themselves

@@ -12,7 +12,7 @@ from .tuning cimport (
     BLOCK_K, BLOCK_K_DECODE, BLOCK_K_DECODE_16BIT, BLOCK_K_MATRIX, CLOCK_WORK,
     FOLD_KEYS, FOLD_KEYS_BFLOAT16, KV_SPLIT, LARGE, LEAST_BLOCK_K, LONG_RUN, MAX_DECODE_ROWS,
     MAX_HEADS, MAX_ROWS_PER_TASK, PACKED_STEP, PAGE, TASKS_PER_THREAD, TASKS_PER_THREAD_PACKED,
-    WIDE, fitting_keys, shared_keys,
+    WIDE, NARROW_TILE_Q, fitting_keys, shared_keys,
 )
 from .types cimport (
     Interrupt, Plan, QueryTile, ScratchLayout, TensorView, adds_to_scores, is_shared_by_heads,
@@ -204,8 +204,9 @@ cdef Py_ssize_t choose_block_k(const Plan *plan) noexcept:
     """Return the keys of a block in prefill."""
     cdef Py_ssize_t row_bytes = (plan.head_dim + plan.v_dim) * plan.input_bytes
     cdef bint wide = max(plan.head_dim, plan.v_dim) > LARGE
-    cdef Py_ssize_t most = BLOCK_K_MATRIX if plan.kernels.row_step > 1 and wide else BLOCK_K
-    return fitting_keys(row_bytes, most, plan.kernels.tile_q)
+    cdef bint matrix = plan.kernels.row_step > 1
+    cdef Py_ssize_t most = BLOCK_K_MATRIX if matrix and wide else BLOCK_K
+    return fitting_keys(row_bytes, most, not matrix and plan.kernels.tile_q <= NARROW_TILE_Q)
 
 
 cdef void plan_prefill(Plan *plan, const qkv_tile_kernels *kernels, Interrupt *interrupt) noexcept:

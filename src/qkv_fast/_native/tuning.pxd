@@ -118,4 +118,4 @@ cdef enum:  # decide how fast a call is
     BLAS_THREAD_BYTES = 48 << 20
 
 cdef Py_ssize_t shared_keys() noexcept nogil
-cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most, int tile_q) noexcept nogil
+cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most, bint narrow) noexcept nogil

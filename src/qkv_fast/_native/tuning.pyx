@@ -33,19 +33,19 @@ cdef Py_ssize_t shared_keys() noexcept nogil:
     return _half_l2
 
 
-cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most, int tile_q) noexcept nogil:
+cdef Py_ssize_t fitting_keys(Py_ssize_t row_bytes, Py_ssize_t most, bint narrow) noexcept nogil:
     """Return the keys of a prefill block whose keys and values fill at most half of the L2.
 
     It is a power of two of at least LEAST_BLOCK_K. row_bytes: of a key and its value. On Zen 3
     (512 KiB), 2x2048x512 in float32 is 5 to 7 % faster with 64 keys than with 128, float64 11 % at
     sizes 256 and 512; with 32 keys sizes up to 256 are 3 to 10 % slower (bench_attention.py).
 
-    Tiles of few rows read the block more often, so theirs fills at most NARROW_BLOCK_BYTES: with
-    1 MiB of L2 (Zen 4) 2x2048x512 by AVX2 is 7 % faster with 64 keys than with 128, float64 3 % at
-    size 256; with AVX-512, whose tiles have 64 rows, it is 1 % slower.
+    narrow: tiles have few rows. Then they read the block more often, and it fills at most
+    NARROW_BLOCK_BYTES: with 1 MiB of L2 (Zen 4) 2x2048x512 by AVX2 is 7 % faster with 64 keys than
+    with 128, float64 3 % at size 256; with AVX-512, whose tiles have 64 rows, it is 1 % slower.
     """
     cdef Py_ssize_t keys = most, limit = _half_l2
-    if tile_q <= NARROW_TILE_Q:
+    if narrow:
         limit = min(limit, NARROW_BLOCK_BYTES)
     while keys > LEAST_BLOCK_K and keys * row_bytes > limit:
         keys //= 2
