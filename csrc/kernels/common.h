@@ -2,19 +2,24 @@
 #define LOG2E 1.4426950408889634074
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_4 _Pragma("clang loop unroll_count(4)")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
+#define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 #define CACHE_LINE 64
-#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#define PREFETCH_L1(p) __builtin_prefetch(p, 0, 3)
+#define PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
+/* Else a compiler may keep many sums of this pointer and constants in memory, to save additions. */
+#define KEEP_IN_REGISTER(pointer) __asm__("" : "+r"(pointer))
 
 /* Prefetches the next line of both lists of rows. */
 INLINE void prefetch_next(qkv_prefetch_rows prefetch[2])
 {
     UNROLL for (int i = 0; i < 2; i++) {
         if (prefetch[i].count == 0) continue;
-        PREFETCH(prefetch[i].row + prefetch[i].at);
+        PREFETCH_L2(prefetch[i].row + prefetch[i].at);
         prefetch[i].at += CACHE_LINE;
         if (prefetch[i].at < prefetch[i].bytes) continue;
         prefetch[i].at = 0;

@@ -1,52 +1,37 @@
 /* acc[r][:] = acc[r][:] * rescale[r] + sum_k P[k][r] * V[k][:] for few query rows.
  *
- * Values are taken VALUES_IN_L1 at a time. For those, DECODE_ROWS, 2 or 1 query rows by up to 8
- * vectors of V's columns are summed in registers, VALUES_PER_STEP values a step; the sum begins at
- * 0 and is added to acc at the end. The last Dv % LANES columns are one vector of their own. */
+ * Values are taken a run at a time. For those, DECODE_ROWS, 2 or 1 query rows by up to 8 vectors of
+ * V's columns are summed in registers; the sum begins at 0 and is added to acc at the end. The last
+ * Dv % LANES columns are one vector of their own. */
 
 /* The sums of `rows` query rows by `nv` vectors. live_lanes > 0: V has so many elements in the only
- * vector. Unless runs is NULL, value number `prefetch_value` of runs is prefetched beside the first
- * value and the following ones beside theirs, each from `prefetch_at` bytes behind its begin on. */
+ * vector. Beside each value as many bytes are prefetched as are read of it, from `ahead` on and
+ * then ahead_stride further on. */
 INLINE void decode_accumulate_tile(const int rows, const int nv, const int type, const int masked,
                                    real *acc, ptrdiff_t acc_stride, const real *P, ptrdiff_t ld,
                                    const char *V, ptrdiff_t v_stride, ptrdiff_t nk,
                                    const real *rescale, const ptrdiff_t live_lanes,
-                                   const char *const *runs, ptrdiff_t prefetch_value,
-                                   ptrdiff_t prefetch_at)
+                                   const char *ahead, ptrdiff_t ahead_stride)
 {
-    const ptrdiff_t value_at[4] = {0, v_stride, 2 * v_stride, 3 * v_stride};
+    const int lines = (nv * LANES * BYTES_OF(type) + CACHE_LINE - 1) / CACHE_LINE;
     vec c[DECODE_ACCUMULATORS];
     UNROLL for (int i = 0; i < rows * nv; i++) c[i] = v_set1(0);
-#define STEP(n)                                                                                  \
-    do {                                                                                         \
-        const char *ahead =                                                                      \
-            runs ? row_in_runs(runs, v_stride, prefetch_value) + prefetch_at : NULL;             \
-        vec p[4 * DECODE_ROWS];                                                                  \
-        for (int k = 0; k < n; k++)                                                              \
-            UNROLL for (int r = 0; r < rows; r++) p[k * rows + r] = v_set1(P[k * ld + r]);       \
-        UNROLL for (int v = 0; v < nv; v++) {                                                    \
-            const ptrdiff_t d = v * LANES * BYTES_OF(type);                                      \
-            for (int k = 0; k < n; k++) {                                                        \
-                const char *from = V + value_at[k] + d;                                          \
-                const vec x = live_lanes ? load_first_lanes(from, live_lanes, type)              \
-                                         : load_lanes(from, type);                               \
-                if (runs && d % CACHE_LINE == 0) PREFETCH(ahead + value_at[k] + d);              \
-                UNROLL for (int r = 0; r < rows; r++) {                                          \
-                    const vec sum = v_fma(p[k * rows + r], x, c[r * nv + v]);                    \
-                    /* An excluded key adds nothing, whatever it holds. */                       \
-                    c[r * nv + v] =                                                              \
-                        masked ? v_select_negative(p[k * rows + r], c[r * nv + v], sum) : sum;   \
-                }                                                                                \
-            }                                                                                    \
-        }                                                                                        \
-        P += n * ld, V += n * v_stride;                                                          \
-        prefetch_value += n;                                                                     \
-    } while (0)
-    ptrdiff_t left = nk;
-    for (; left >= VALUES_PER_STEP(rows, type); left -= VALUES_PER_STEP(rows, type))
-        STEP(VALUES_PER_STEP(rows, type));
-    for (; left > 0; left--) STEP(1);
-#undef STEP
+    UNROLL_4 for (ptrdiff_t k = 0; k < nk; k++) {
+        vec p[DECODE_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) p[r] = v_set1(P[r]);
+        UNROLL for (int i = 0; i < lines; i++) PREFETCH_L1(ahead + i * CACHE_LINE);
+        UNROLL for (int v = 0; v < nv; v++) {
+            const char *from = V + v * LANES * BYTES_OF(type);
+            const vec x = live_lanes ? load_first_lanes(from, live_lanes, type)
+                                     : load_lanes(from, type);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const vec sum = v_fma(p[r], x, c[r * nv + v]);
+                /* An excluded key adds nothing, whatever it holds. */
+                c[r * nv + v] = masked ? v_select_negative(p[r], c[r * nv + v], sum) : sum;
+            }
+        }
+        P += ld, V += v_stride, ahead += ahead_stride;
+    }
     UNROLL for (int r = 0; r < rows; r++) {
         const vec scale = v_set1(rescale ? rescale[r] : 1);
         UNROLL for (int v = 0; v < nv; v++) {
@@ -56,19 +41,23 @@ INLINE void decode_accumulate_tile(const int rows, const int nv, const int type,
     }
 }
 
+/* The sums over the values of a run. ahead: the run to prefetch, or NULL. */
 INLINE void decode_accumulate_rows(const int rows, const int type, const int masked, real *acc,
                                    ptrdiff_t acc_stride, const real *P, ptrdiff_t ld,
                                    const char *V, ptrdiff_t v_stride, ptrdiff_t nk, ptrdiff_t Dv,
-                                   const real *rescale, const char *const *runs,
-                                   ptrdiff_t prefetch_value, ptrdiff_t prefetch_back)
+                                   const real *rescale, const char *ahead)
 {
     const int most = DECODE_ACCUMULATORS / rows < 8 ? DECODE_ACCUMULATORS / rows : 8;
+    const int gapless = v_stride == Dv * BYTES_OF(type);
     ptrdiff_t d = 0;
+/* All columns together prefetch the whole run: without gaps between rows, in the order of memory. */
 #define COLUMNS(nv, live_lanes)                                                                  \
     do {                                                                                         \
-        decode_accumulate_tile(rows, nv, type, masked, acc + d, acc_stride, P, ld,               \
-                               V + d * BYTES_OF(type), v_stride, nk, rescale, live_lanes, runs,  \
-                               prefetch_value, d * BYTES_OF(type) - prefetch_back);              \
+        const ptrdiff_t at = d * BYTES_OF(type), bytes = (nv) * LANES * BYTES_OF(type);          \
+        decode_accumulate_tile(rows, nv, type, masked, acc + d, acc_stride, P, ld, V + at,       \
+                               v_stride, nk, rescale, live_lanes,                                \
+                               ahead ? ahead + (gapless ? at * QKV_KEY_RUN : at) : V + at,       \
+                               ahead && gapless ? bytes : v_stride);                             \
         d += (nv) * LANES;                                                                       \
     } while (0)
     while (d + most * LANES <= Dv) COLUMNS(most, 0);
@@ -84,19 +73,15 @@ INLINE void decode_accumulate_type(const int type, const int masked, real *acc,
                                    const char *const *V, ptrdiff_t v_stride, ptrdiff_t nk,
                                    ptrdiff_t Dv, int rows, const real *rescale)
 {
-    const ptrdiff_t distance = prefetch_distance(Dv, type);
-    const ptrdiff_t prefetch_back = alignment_offset(V[0], v_stride, Dv, type);
-    for (ptrdiff_t k = 0; k < nk; k += VALUES_IN_L1(type)) {
-        const ptrdiff_t n = nk - k < VALUES_IN_L1(type) ? nk - k : VALUES_IN_L1(type);
-        const char *const *run = V + k / QKV_KEY_RUN;
-        const ptrdiff_t first = k % QKV_KEY_RUN;
+    const ptrdiff_t runs = prefetch_runs(Dv, type);
+    for (ptrdiff_t k = 0; k < nk; k += QKV_KEY_RUN, V++) {
+        const ptrdiff_t n = nk - k < QKV_KEY_RUN ? nk - k : QKV_KEY_RUN;
         int r = 0;
 #define ROWS(count)                                                                              \
     do {                                                                                         \
         decode_accumulate_rows(count, type, masked, acc + r * acc_stride, acc_stride,            \
-                               P + k * ld + r, ld, run[0] + first * v_stride, v_stride, n, Dv,   \
-                               rescale && k == 0 ? rescale + r : NULL, r ? NULL : run,           \
-                               distance + first, prefetch_back);                                 \
+                               P + k * ld + r, ld, V[0], v_stride, n, Dv,                        \
+                               rescale && k == 0 ? rescale + r : NULL, r ? NULL : V[runs]);      \
         r += count;                                                                              \
     } while (0)
         while (DECODE_ROWS > 2 && rows - r >= DECODE_ROWS) ROWS(DECODE_ROWS);

@@ -9,7 +9,7 @@
 static void decode_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_scales,
                            const float *value_scales, void *row_max, void *row_sum, void *rescale_)
 {
-    real *S = S_, lane[2 * LANES];
+    real *S = S_;
     const ptrdiff_t count = nk * ld;
     vec maxima = v_set1(-REAL_INF), sums = v_set1(0);
     if (key_scales)
@@ -17,24 +17,17 @@ static void decode_softmax(void *S_, ptrdiff_t nk, int ld, const float *key_scal
             v_store(S + i, v_mul(v_load(S + i), v_repeat(key_scales + i / ld, ld)));
     for (ptrdiff_t i = count; i % LANES; i++) S[i] = -REAL_INF;
     for (ptrdiff_t i = 0; i < count; i += LANES) maxima = v_max(maxima, v_load(S + i));
-    v_store(lane, maxima);
-    for (int n = LANES / 2; n >= ld; n /= 2)
-        for (int i = 0; i < n; i++) lane[i] = lane[i + n] > lane[i] ? lane[i + n] : lane[i];
-    for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld]; /* row i % ld's for all lanes i */
-    const vec old_max = v_load(row_max), new_max = v_max(v_load(lane), old_max);
+    for (int n = LANES / 2; n >= ld; n /= 2) maxima = v_max(maxima, v_rotate(maxima, n));
+    const vec old_max = v_load(row_max), new_max = v_max(maxima, old_max);
     const vec rescale = exp2_nonpositive(v_sub(old_max, new_max), 0);
-    v_store(lane, new_max);
-    for (int i = ld; i < LANES; i++) lane[i] = lane[i - ld];
-    const vec lane_max = v_load(lane);
+    const vec lane_max = v_cycle(new_max, ld); /* old_max need not hold rows in other lanes */
     for (ptrdiff_t i = 0; i < count; i += LANES) {
         const vec p = exp2_nonpositive(v_sub(v_load(S + i), lane_max), 0);
         sums = v_add(sums, p);
         v_store(S + i, value_scales ? v_mul(p, v_repeat(value_scales + i / ld, ld)) : p);
     }
-    v_store(lane, sums);
-    for (int n = LANES / 2; n >= ld; n /= 2)
-        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-    v_store(row_sum, v_fma(v_load(row_sum), rescale, v_load(lane)));
+    for (int n = LANES / 2; n >= ld; n /= 2) sums = v_add(sums, v_rotate(sums, n));
+    v_store(row_sum, v_fma(v_load(row_sum), rescale, sums));
     v_store(row_max, new_max);
     v_store(rescale_, rescale);
 }

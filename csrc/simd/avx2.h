@@ -77,26 +77,28 @@ INLINE void v_transpose(vec x[LANES])
         x[i] = low;
     }
 }
-/* Lane i = the sum of x[i]'s lanes: within halves as v_transpose pairs them, then the halves. */
-#define HAVE_SUM_EACH
-INLINE vec v_sum_each(vec x[LANES])
+#define HAVE_SUM_PARTS
+INLINE vec v_sum_parts(const vec *parts)
 {
-    vec y[4], z[2];
-    for (int i = 0; i < 4; i++)
-        y[i] = v_add(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]),
-                     _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
-    for (int i = 0; i < 2; i++)
-        z[i] = v_add(_mm256_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44),
-                     _mm256_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
-    return v_add(_mm256_permute2f128_ps(z[0], z[1], 0x20),
-                 _mm256_permute2f128_ps(z[0], z[1], 0x31));
+    return v_add(_mm256_permute2f128_ps(parts[0], parts[1], 0x20),
+                 _mm256_permute2f128_ps(parts[0], parts[1], 0x31));
+}
+/* Lane i is x[(i + n) % 8], x[i % n] or x[i / times]; n and times are powers of 2. */
+#define LANE_NUMBERS _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
+#define HAVE_ROTATE
+INLINE vec v_rotate(vec x, int n)
+{
+    return _mm256_permutevar8x32_ps(x, _mm256_add_epi32(LANE_NUMBERS, _mm256_set1_epi32(n)));
+}
+INLINE vec v_cycle(vec x, int n)
+{
+    return _mm256_permutevar8x32_ps(x, _mm256_and_si256(LANE_NUMBERS, _mm256_set1_epi32(n - 1)));
 }
 #define HAVE_REPEAT
-INLINE vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
+INLINE vec v_repeat(const float *x, int times)
 {
-    const __m256i i = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_srl_epi32(i, shift));
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_srl_epi32(LANE_NUMBERS, shift));
 }
 INLINE vec v_load_half(const char *p)
 {

@@ -95,29 +95,31 @@ INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
     }
     for (int c = 0; c < 4; c++) transpose_fours(y[c], x + 4 * c);
 }
-/* Lane i = the sum of x[i]'s lanes: within quarters as v_transpose pairs them, then the quarters.
- */
-#define HAVE_SUM_EACH
-INLINE vec v_sum_each(vec x[LANES])
+#define HAVE_SUM_PARTS
+INLINE vec v_sum_parts(const vec *parts)
 {
-    vec y[8], z[4], w[2];
-    for (int i = 0; i < 8; i++)
-        y[i] = v_add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
-                     _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
-    for (int i = 0; i < 4; i++)
-        z[i] = v_add(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44),
-                     _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
+    vec w[2];
     for (int i = 0; i < 2; i++)
-        w[i] = v_add(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x88),
-                     _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xdd));
+        w[i] = v_add(_mm512_shuffle_f32x4(parts[2 * i], parts[2 * i + 1], 0x88),
+                     _mm512_shuffle_f32x4(parts[2 * i], parts[2 * i + 1], 0xdd));
     return v_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
 }
-#define HAVE_REPEAT
-INLINE vec v_repeat(const float *x, int times) /* lane i is x[i / times] */
+/* Lane i is x[(i + n) % 16], x[i % n] or x[i / times]; n and times are powers of 2. */
+#define LANE_NUMBERS _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define HAVE_ROTATE
+INLINE vec v_rotate(vec x, int n)
 {
-    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(LANE_NUMBERS, _mm512_set1_epi32(n)), x);
+}
+INLINE vec v_cycle(vec x, int n)
+{
+    return _mm512_permutexvar_ps(_mm512_and_si512(LANE_NUMBERS, _mm512_set1_epi32(n - 1)), x);
+}
+#define HAVE_REPEAT
+INLINE vec v_repeat(const float *x, int times)
+{
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz((unsigned)times));
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(i, shift), _mm512_loadu_ps(x));
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(LANE_NUMBERS, shift), _mm512_loadu_ps(x));
 }
 INLINE vec v_load_half(const char *p)
 {
@@ -165,5 +167,19 @@ INLINE void v_transpose(vec x[LANES])
         x[i] = _mm512_shuffle_f64x2(t[i], t[i + 4], 0x88);
         x[i + 4] = _mm512_shuffle_f64x2(t[i], t[i + 4], 0xdd);
     }
+}
+/* Quarters of two lanes: of x[0] and x[1] in the first half, of x[2] and x[3] in the second. */
+#define HAVE_SUM_FOURS
+INLINE vec v_sum_fours(const vec x[4])
+{
+    const vec a = v_add(_mm512_unpacklo_pd(x[0], x[1]), _mm512_unpackhi_pd(x[0], x[1]));
+    const vec b = v_add(_mm512_unpacklo_pd(x[2], x[3]), _mm512_unpackhi_pd(x[2], x[3]));
+    return v_add(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+}
+#define HAVE_SUM_PARTS
+INLINE vec v_sum_parts(const vec *parts)
+{
+    return v_add(_mm512_shuffle_f64x2(parts[0], parts[1], 0x88),
+                 _mm512_shuffle_f64x2(parts[0], parts[1], 0xdd));
 }
 #endif

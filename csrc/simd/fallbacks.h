@@ -8,14 +8,40 @@ INLINE void v_load_columns(vec x[LANES], const char *const *rows, ptrdiff_t at)
 }
 #endif
 
-#ifndef HAVE_SUM_EACH
-/* Lane i of the result is the sum of x[i]'s lanes. */
-INLINE vec v_sum_each(vec x[LANES])
+#ifndef HAVE_SUM_FOURS
+/* Vectors of up to 4 lanes: lane i of the result is the sum of x[i]'s lanes. Longer vectors: lane i
+ * of each four lanes is such a part of it, and v_sum_parts adds the parts of each x in order. */
+INLINE vec v_sum_fours(vec x[LANES])
 {
     v_transpose(x);
     for (int n = LANES / 2; n > 0; n /= 2)
         for (int i = 0; i < n; i++) x[i] = v_add(x[i], x[i + n]);
     return x[0];
+}
+#endif
+
+#ifndef HAVE_SUM_PARTS
+INLINE vec v_sum_parts(const vec *parts) { return parts[0]; }
+#endif
+
+#ifndef HAVE_HOLD
+INLINE vec v_hold(vec x) { return x; }
+#endif
+
+#ifndef HAVE_ROTATE
+INLINE vec v_rotate(vec x, int n) /* lane i of the result is x[(i + n) % LANES] */
+{
+    real lane[LANES], rotated[LANES];
+    v_store(lane, x);
+    for (int i = 0; i < LANES; i++) rotated[i] = lane[(i + n) % LANES];
+    return v_load(rotated);
+}
+INLINE vec v_cycle(vec x, int n) /* lane i of the result is x[i % n]; n is a power of 2 */
+{
+    real lane[LANES];
+    v_store(lane, x);
+    for (int i = n; i < LANES; i++) lane[i] = lane[i - n];
+    return v_load(lane);
 }
 #endif
 

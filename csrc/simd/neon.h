@@ -128,8 +128,8 @@ INLINE void v_transpose(vec x[LANES])
     x[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
     x[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
-#define HAVE_SUM_EACH
-INLINE vec v_sum_each(vec x[LANES]) /* lane i = the sum of x[i]'s lanes */
+#define HAVE_SUM_FOURS
+INLINE vec v_sum_fours(vec x[LANES]) /* lane i = the sum of x[i]'s lanes */
 {
     return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]));
 }
@@ -179,6 +179,6 @@ INLINE void v_transpose(vec x[LANES])
     x[1] = vtrn2q_f64(x[0], x[1]);
     x[0] = first;
 }
-#define HAVE_SUM_EACH
-INLINE vec v_sum_each(vec x[LANES]) { return vpaddq_f64(x[0], x[1]); }
+#define HAVE_SUM_FOURS
+INLINE vec v_sum_fours(vec x[LANES]) { return vpaddq_f64(x[0], x[1]); }
 #endif

@@ -25,7 +25,7 @@ from .softmax_state cimport (
 from .tuning cimport KV_SPLIT, MAX_HEADS
 from .types cimport (
     HeadRows, HeadView, KVBlock, Launch, Plan, QueryTile, SequencePlan, Visibility,
-    get_real, open_block, round_up, size_of, tile_of,
+    get_real, open_block, round_up, tile_of,
 )
 
 
@@ -149,16 +149,14 @@ cdef void accumulate_aligned(const Plan *plan, const HeadView *head, QueryTile *
                              const KVBlock *block, const Visibility *visible) noexcept nogil:
     """Accumulate a block's values; what a row's neighbours see changes no bit of its sums.
 
-    The kernel begins a sum every 8 or 16 values (VALUES_IN_L1 of decode_tmpl.h), from the first one
-    on. Which value that is, and whether a page splits a run, depends on what all rows see. So
-    what comes before a multiple of 8 or 16 is accumulated first, and where pages may split runs,
-    values are always gathered.
+    The kernel begins a sum with each run, from the first value on. Which value that is, and
+    whether a page splits a run, depends on what all rows see. So what comes before a multiple of
+    QKV_KEY_RUN is accumulated first, and where pages may split runs, values are always gathered.
     """
     cdef const HeadRows *rows = &head.value
     cdef bint in_place = rows.view.contiguous and plan.page_size % QKV_KEY_RUN == 0
     cdef Py_ssize_t begin = block.before_window
-    cdef Py_ssize_t step = 16 if in_place and size_of(rows.view.type) < 4 else 8
-    cdef Py_ssize_t end = min(visible.nk, round_up(begin, step))
+    cdef Py_ssize_t end = min(visible.nk, round_up(begin, QKV_KEY_RUN))
     cdef KVBlock rest = block[0]
     cdef KeyRuns runs
     if begin == end:
