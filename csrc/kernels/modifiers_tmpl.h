@@ -100,7 +100,7 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
             vec least = x[0];
             for (int i = 1; i < LANES; i++) least = v_min(x[i], least);
             real *s = S + k * ld + v * LANES;
-            if (!v_le_bits(least, v_set1(HUGE_BIAS))) {
+            if (v_le_bits(v_set1(HUGE_BIAS), least) == ALL_LANES) { /* not so with a NaN */
                 for (ptrdiff_t i = 0; i < n; i++, s += ld)
                     v_store(s, v_fma(x[i], log2e, v_load(s)));
                 continue;

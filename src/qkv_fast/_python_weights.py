@@ -22,6 +22,10 @@ from ._python_engine import (
     visible_keys,
 )
 
+# A weight is larger than 1 where its score is above a given log-sum-exp, as rounding alone may leave
+# it: units in the last place of scores of 10^9 are 64. Up to 2^64, sums of weights stay finite.
+MAX_EXCESS = 64 * math.log(2)
+
 
 def run(p: Problem) -> None:
     """Compute what the problem's stage names into its `out`."""
@@ -92,7 +96,9 @@ def _weights(scores: Array, allowed: Array, lse: Array | None, sink: float | Non
         top = scores.max(axis=-1, keepdims=True, initial=np.finfo(real).min)
     else:
         top = lse[:, np.newaxis]
-    weights = np.exp(scores - top)
+    excess = scores - top
+    excess[(excess > MAX_EXCESS) & (scores < np.inf)] = MAX_EXCESS
+    weights = np.exp(excess)
     total = weights.sum(axis=-1, keepdims=True) if lse is None else np.ones_like(top)
     if sink is not None:
         sink = real(sink)

@@ -65,9 +65,9 @@ def attention_weights(
         "softmax", where they are 0.
     lse : array, shape (..., Hq, Lq), optional
         Log-sum-exps of all rows, as the op returns them: a weight is ``exp(score - lse)``, or less
-        with sinks, and no sum over the keys is needed. With those that `merge_attention` returns
-        for several parts of the keys, the weights of a part are its share of the whole. For the
-        stage "softmax" only.
+        with sinks and at most 2^64, and no sum over the keys is needed. With those that
+        `merge_attention` returns for several parts of the keys, the weights of a part are its
+        share of the whole. For the stage "softmax" only.
     out : ndarray or tensor, of the result's shape and dtype, optional
         Where the result goes, and what is returned. It may overlap any input: the answer is as if
         it did not. A memory map serves where the weights exceed the memory.

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qkv_fast
-from qkv_fast import _memory, attention_weights
+from qkv_fast import _memory, analysis, attention_weights
 from qkv_fast import scaled_dot_product_attention as sdpa
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
@@ -281,6 +281,27 @@ def test_threads_and_batch_change_no_bit(engine, rng, dtype, stage, size):
 
 
 # --- Known log-sum-exps -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", [1, 2, 40])
+def test_a_key_that_a_mask_excludes_has_no_weight_beside_nan(engine, queries):
+    mask = np.zeros((1, 1, queries, 37))
+    mask[..., 0], mask[..., 1], mask[..., 20] = np.nan, -np.inf, -np.inf
+    q, k = np.ones((1, 1, queries, 2)), np.ones((1, 1, 37, 2))
+    weights = attention_weights(q, k, mask)
+    excluded = mask == -np.inf
+    assert (weights[excluded] == 0).all() and np.isnan(weights[~excluded]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_known_lse_far_below_the_scores_leaves_finite_sums(engine, dtype):
+    """Rounding leaves that: a unit in the last place of scores of 10^9 is 64."""
+    q, k = np.zeros((3, 40, 5), dtype), np.zeros((3, 70, 5), dtype)
+    lse = np.full((3, 40), -1e4, dtype)
+    np.testing.assert_allclose(attention_weights(q, k, lse=lse), 2.0**64, rtol=1e-6)
+    received = analysis.attention_received(q, k, lse=lse)
+    np.testing.assert_allclose(received, 40 * 2.0**64, rtol=1e-6)
+
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

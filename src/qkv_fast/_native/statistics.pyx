@@ -36,7 +36,7 @@ from .types cimport (
     HeadView, KVBlock, Plan, QueryTile, Visibility, get_real, open_block, real,
     round_up, set_real, tile_of,
 )
-from .weights cimport WeightsCall, count_weights_tasks, open_run, take_known_lse
+from .weights cimport WeightsCall, count_weights_tasks, open_run, raised, take_known_lse
 
 cdef extern from *:
     """
@@ -135,7 +135,8 @@ cdef void find_factors(const Plan *plan, QueryTile *tile, const char *row_max, c
     for i in range(tile.count):
         factor = get_real(factors, i, real_bytes)
         if get_real(tile.rescale, i, real_bytes) != 1:
-            factor *= exp2(get_real(tile.row_max, i, real_bytes) - get_real(row_max, i, real_bytes))
+            factor *= raised(get_real(tile.row_max, i, real_bytes),
+                             get_real(row_max, i, real_bytes))
         if not isfinite(factor):
             if real_bytes == 4:
                 weigh_lane(<float *>tile.scores + i, nk, tile.lanes, <float>factor)

@@ -28,3 +28,4 @@ cdef void run_weights_task(const void *call, int thread, Py_ssize_t task) noexce
 cdef void take_known_lse(const Plan *plan, QueryTile *tile) noexcept nogil
 cdef void open_run(const WeightsCall *call, int thread, Py_ssize_t run,
                    HeadView *head) noexcept nogil
+cdef double raised(double top, double row_max) noexcept nogil

@@ -181,6 +181,19 @@ cdef void take_known_lse(const Plan *plan, QueryTile *tile) noexcept nogil:
         set_real(tile.row_sum, i, real_bytes, 1)
 
 
+cdef double MAX_EXCESS = 64             # in _python_weights.py too
+
+
+cdef double raised(double top, double row_max) noexcept nogil:
+    """Return 2^(top - row_max); at most 2^64, but for an infinite score.
+
+    A weight is larger than 1 where the score is above a given log-sum-exp, as rounding alone may
+    leave it: units in the last place of scores of 10^9 are 64. Sums of such weights stay finite.
+    """
+    cdef double excess = top - row_max
+    return exp2(MAX_EXCESS if excess > MAX_EXCESS and top < INFINITY else excess)
+
+
 cdef void begin_rows(const WeightsCall *call, const HeadView *head, int number) noexcept nogil:
     """Begin the rows of out of the task's tile of that number."""
     cdef const Plan *plan = &call.launch.prefill
@@ -279,7 +292,7 @@ cdef void normalize(const WeightsCall *call, const HeadView *head, QueryTile *ti
             top = get_real(record + 1, i, real_bytes)
             factor = get_real(tile.weight, i, real_bytes)
             if top != row_max:
-                factor *= exp2(top - row_max)
+                factor *= raised(top, row_max)
             if real_bytes == 4:
                 rescale_weights(<float *>tile.out_rows[i] + record.begin, record.nk, factor)
             else:
