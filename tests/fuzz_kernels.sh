@@ -27,9 +27,9 @@ if [ -z "${CC:-}" ]; then
 fi
 case $CC in
 *clang*)
-    flags="-fsanitize=fuzzer-no-link,address,shift,integer-divide-by-zero,signed-integer-overflow
-        -fsanitize=bounds -gline-tables-only -mllvm -asan-instrumentation-with-call-threshold=0"
-    link="-fsanitize=address,undefined,fuzzer" ;;
+    flags="-fsanitize=fuzzer-no-link,address -gline-tables-only
+        -mllvm -asan-instrumentation-with-call-threshold=0"
+    link="-fsanitize=address,fuzzer" ;;
 *)
     flags="-fsanitize=address,undefined -g1 -DSTANDALONE"
     link="-fsanitize=address,undefined" ;;

@@ -94,6 +94,29 @@ def test_a_nan_in_a_mask_is_a_score(engine, rng, dtype, rows, name):
             assert np.isfinite(out).all()
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("keys", [3, 40, 150])
+def test_a_hidden_nan_in_a_bias_lifts_no_exclusion(engine, rows, keys):
+    """Keys whose bias is -infinity stay excluded beside one whose bias is NaN."""
+    q, k = np.ones((1, rows, 4), np.float32), np.ones((1, keys, 4), np.float32)
+    for at in {0, 1, 8, 16, keys - 1}:
+        if at >= keys:
+            continue
+        bias = np.zeros((rows, keys), np.float32)
+        bias[:, at], bias[:, 2] = np.nan, -np.inf
+        for hidden in ({"attn_mask": np.arange(keys) != at}, {"key_ranges": (at + 1, None)}):
+            v = np.ones((1, keys, 4), np.float32)
+            endless = np.where(np.isnan(bias), bias, -np.inf)
+            out, lse = sdpa(q, k, v, attn_bias=endless, **hidden, return_lse=True)
+            assert not out.any()
+            assert (lse == -np.inf).all()
+            v[0, 2] = np.nan
+            out = sdpa(q, k, v, attn_bias=bias, **hidden)
+            left = np.arange(keys) > at if "key_ranges" in hidden else np.arange(keys) != at
+            left[2] = False
+            np.testing.assert_allclose(out, np.full(out.shape, left.any()), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_excluded_nans_of_any_payload_change_no_bit(engine, rng, dtype, rows):
