@@ -42,7 +42,7 @@ halt="halt_on_error=1"
 cd "$folder"
 if [ "$1" = pytest ]; then
     shift
-    set -- -m pytest -p no:cacheprovider "$@"
+    set -- -m pytest -p no:cacheprovider --capture=sys "$@" # else the report goes with the process
 else
     set -- tests/fuzz.py "$@"
 fi

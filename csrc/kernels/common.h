@@ -9,16 +9,17 @@
 #define CACHE_LINE 64
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
-/* Prefetches the next line of both lists of rows. */
+/* Prefetches the next line of both lists of rows. Rows may lie where no memory is, so their addresses
+ * are computed as numbers. */
 INLINE void prefetch_next(qkv_prefetch_rows prefetch[2])
 {
     UNROLL for (int i = 0; i < 2; i++) {
         if (prefetch[i].count == 0) continue;
-        PREFETCH(prefetch[i].row + prefetch[i].at);
+        PREFETCH((const char *)((uintptr_t)prefetch[i].row + (uintptr_t)prefetch[i].at));
         prefetch[i].at += CACHE_LINE;
         if (prefetch[i].at < prefetch[i].bytes) continue;
         prefetch[i].at = 0;
-        prefetch[i].row += prefetch[i].stride;
+        prefetch[i].row = (const char *)((uintptr_t)prefetch[i].row + (uintptr_t)prefetch[i].stride);
         prefetch[i].count--;
     }
 }
