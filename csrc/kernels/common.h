@@ -9,17 +9,18 @@
 #define CACHE_LINE 64
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
-/* Prefetches the next line of both lists of rows. Rows may lie where no memory is, so their addresses
- * are computed as numbers. */
+/* Prefetches the next line of both lists of rows. Rows may lie where no memory is: their addresses are
+ * computed as numbers. */
 INLINE void prefetch_next(qkv_prefetch_rows prefetch[2])
 {
     UNROLL for (int i = 0; i < 2; i++) {
         if (prefetch[i].count == 0) continue;
-        PREFETCH((const char *)((uintptr_t)prefetch[i].row + (uintptr_t)prefetch[i].at));
+        const uintptr_t row = (uintptr_t)prefetch[i].row;
+        PREFETCH((const char *)(row + (uintptr_t)prefetch[i].at));
         prefetch[i].at += CACHE_LINE;
         if (prefetch[i].at < prefetch[i].bytes) continue;
         prefetch[i].at = 0;
-        prefetch[i].row = (const char *)((uintptr_t)prefetch[i].row + (uintptr_t)prefetch[i].stride);
+        prefetch[i].row = (const char *)(row + (uintptr_t)prefetch[i].stride);
         prefetch[i].count--;
     }
 }
