@@ -22,7 +22,7 @@ folder=${1:-$(mktemp -d)}
 
 if ! ls "$folder"/src/qkv_fast/_native/engine*.so >/dev/null 2>&1; then
     mkdir -p "$folder"
-    (cd "$root" && tar cf - --exclude='*.so' --exclude='__pycache__' csrc src tests setup.py build_support.py \
+    (cd "$root" && tar cf - --exclude='*.so' --exclude='__pycache__' csrc src tests setup.py build_support*.py \
         pyproject.toml README.md LICENSE MANIFEST.in) | tar xf - -C "$folder"
     flags="-fsanitize=address,undefined -fno-omit-frame-pointer"
     # What setup.py says comes behind CFLAGS: without a change there, no line has a number.
@@ -42,7 +42,7 @@ halt="halt_on_error=1"
 cd "$folder"
 if [ "$1" = pytest ]; then
     shift
-    set -- -m pytest -p no:cacheprovider "$@"
+    set -- -m pytest -p no:cacheprovider --capture=sys "$@" # else the report goes with the process
 else
     set -- tests/fuzz.py "$@"
 fi

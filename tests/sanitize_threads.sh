@@ -22,7 +22,7 @@ folder=${1:-$(mktemp -d)}
 if ! ls "$folder"/src/qkv_fast/_native/engine*.so >/dev/null 2>&1; then
     mkdir -p "$folder"
     (cd "$root" && tar cf - --exclude='*.so' --exclude='__pycache__' csrc src tests setup.py \
-        build_support.py pyproject.toml README.md LICENSE MANIFEST.in) | tar xf - -C "$folder"
+        build_support*.py pyproject.toml README.md LICENSE MANIFEST.in) | tar xf - -C "$folder"
     # What setup.py says comes behind CFLAGS: without a change there, no line has a number.
     sed -i 's/"-O3", "-falign-loops=64", "-g0"/"-O1", "-g1"/' "$folder/setup.py"
     (cd "$folder" && CFLAGS="-fsanitize=thread" LDFLAGS="-fsanitize=thread" \

@@ -14,16 +14,18 @@
 /* Else a compiler may keep many sums of this pointer and constants in memory, to save additions. */
 #define KEEP_IN_REGISTER(pointer) __asm__("" : "+r"(pointer))
 
-/* Prefetches the next line of both lists of rows. */
+/* Prefetches the next line of both lists of rows. Rows may lie where no memory is: their addresses
+ * are computed as numbers. */
 INLINE void prefetch_next(qkv_prefetch_rows prefetch[2])
 {
     UNROLL for (int i = 0; i < 2; i++) {
         if (prefetch[i].count == 0) continue;
-        PREFETCH_L2(prefetch[i].row + prefetch[i].at);
+        const uintptr_t row = (uintptr_t)prefetch[i].row;
+        PREFETCH_L2((const char *)(row + (uintptr_t)prefetch[i].at));
         prefetch[i].at += CACHE_LINE;
         if (prefetch[i].at < prefetch[i].bytes) continue;
         prefetch[i].at = 0;
-        prefetch[i].row += prefetch[i].stride;
+        prefetch[i].row = (const char *)(row + (uintptr_t)prefetch[i].stride);
         prefetch[i].count--;
     }
 }

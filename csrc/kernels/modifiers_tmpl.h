@@ -97,10 +97,10 @@ static void bias(void *S_, ptrdiff_t nk, int nvec, const char *const *rows, int 
             load_columns(x, row, at, n * (ptrdiff_t)sizeof(real));
             for (int i = 0; i < LANES; i++) /* the next block: too far for the CPU to foresee */
                 __builtin_prefetch(row[i] + at + nk * (ptrdiff_t)sizeof(real));
-            vec least = x[0];
-            for (int i = 1; i < LANES; i++) least = v_min(x[i], least);
+            vec least = v_set1(0); /* a NaN does not replace it */
+            for (int i = 0; i < LANES; i++) least = v_min(x[i], least);
             real *s = S + k * ld + v * LANES;
-            if (v_le_bits(v_set1(HUGE_BIAS), least) == ALL_LANES) { /* not so with a NaN */
+            if (!v_le_bits(least, v_set1(HUGE_BIAS))) {
                 for (ptrdiff_t i = 0; i < n; i++, s += ld)
                     v_store(s, v_fma(x[i], log2e, v_load(s)));
                 continue;

@@ -23,11 +23,13 @@
 typedef real vec __attribute__((vector_size(16)));
 #if REAL_BITS == 32
 typedef int32_t vmask __attribute__((vector_size(16)));
+typedef uint32_t vbits __attribute__((vector_size(16))); /* of which sums and shifts may overflow */
 #define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
 #define EXPONENT_BIAS 127
 #define MANTISSA_BITS 23
 #else
 typedef int64_t vmask __attribute__((vector_size(16)));
+typedef uint64_t vbits __attribute__((vector_size(16)));
 #define ROUNDER 6755399441055744.0 /* 1.5 * 2^52 */
 #define EXPONENT_BIAS 1023
 #define MANTISSA_BITS 52
@@ -61,7 +63,7 @@ INLINE vec v_split(vec x, vec *n)
 }
 INLINE vec v_ldexp(vec x, vec n) /* x * 2^n, n an integer, 2^n a normal number */
 {
-    const vmask low = (vmask)(n + ROUNDER) + EXPONENT_BIAS;
+    const vbits low = (vbits)(n + ROUNDER) + EXPONENT_BIAS;
     return x * (vec)(low << MANTISSA_BITS);
 }
 /* x - n and n, an integer with x - 1 <= n <= x. If |x| is too large for that, n is about x. */
@@ -86,7 +88,7 @@ INLINE vec v_load_bfloat(const char *p)
 {
     uint16_t x[LANES];
     memcpy(x, p, sizeof x);
-    const vmask bits = {x[0], x[1], x[2], x[3]};
+    const vbits bits = {x[0], x[1], x[2], x[3]};
     return (vec)(bits << 16);
 }
 INLINE vec v_load_int8(const char *p)

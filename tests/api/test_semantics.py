@@ -94,6 +94,29 @@ def test_a_nan_in_a_mask_is_a_score(engine, rng, dtype, rows, name):
             assert np.isfinite(out).all()
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("keys", [3, 40, 150])
+def test_a_hidden_nan_in_a_bias_lifts_no_exclusion(engine, rows, keys):
+    """Keys whose bias is -infinity stay excluded beside one whose bias is NaN."""
+    q, k = np.ones((1, rows, 4), np.float32), np.ones((1, keys, 4), np.float32)
+    for at in {0, 1, 8, 16, keys - 1}:
+        if at >= keys:
+            continue
+        bias = np.zeros((rows, keys), np.float32)
+        bias[:, at], bias[:, 2] = np.nan, -np.inf
+        for hidden in ({"attn_mask": np.arange(keys) != at}, {"key_ranges": (at + 1, None)}):
+            v = np.ones((1, keys, 4), np.float32)
+            endless = np.where(np.isnan(bias), bias, -np.inf)
+            out, lse = sdpa(q, k, v, attn_bias=endless, **hidden, return_lse=True)
+            assert not out.any()
+            assert (lse == -np.inf).all()
+            v[0, 2] = np.nan
+            out = sdpa(q, k, v, attn_bias=bias, **hidden)
+            left = np.arange(keys) > at if "key_ranges" in hidden else np.arange(keys) != at
+            left[2] = False
+            np.testing.assert_allclose(out, np.full(out.shape, left.any()), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_excluded_nans_of_any_payload_change_no_bit(engine, rng, dtype, rows):
@@ -150,6 +173,34 @@ def test_the_table_of_infinities(engine, dtype, rows):
     assert (attend([0, 0], [1, 1], sinks=[inf]) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_an_infinite_value_under_a_weight_that_is_lost(engine, many_cpus, dtype, rows):
+    """The exact weight is positive, and 0 in the arithmetic: infinity or NaN, never a number."""
+    q = np.ones((1, rows, 1), dtype)
+    for keys in (2, 40, 700, 4500):
+        # Scores rise, so the largest one does from block to block, all at once or by steps.
+        for scores in (np.where(np.arange(keys) < keys - 1, -3000.0, 0.0),
+                       np.linspace(-3000, 0, keys)):  # fmt: skip
+            k = scores.astype(dtype).reshape(1, keys, 1)
+            for at in {0, 1, keys // 2, keys - 2} - {keys - 1}:
+                if k[0, at, 0] > (-800 if dtype == np.float64 else -110):
+                    continue
+                v = np.ones((1, keys, 3), dtype)
+                v[0, at, 1:] = np.inf, -np.inf
+                for seen in (None, np.arange(keys) != (at + 1) % keys):  # and with a hidden key
+                    for threads in (1, 3):
+                        out = sdpa(q, k, v, seen, scale=1.0, num_threads=threads).astype(float)
+                        np.testing.assert_allclose(out[..., 0], 1, rtol=1e-2)
+                        assert (np.isnan(out[..., 1]) | (out[..., 1] == np.inf)).all()
+                        assert (np.isnan(out[..., 2]) | (out[..., 2] == -np.inf)).all()
+    k, v = np.zeros((1, 70, 1), dtype), np.ones((1, 70, 1), dtype)
+    for at in (0, 33, 69):  # a score of -infinity has no weight in any arithmetic
+        k[:], v[:] = 0, 1
+        k[0, at], v[0, at] = -np.inf, np.inf
+        assert np.isnan(sdpa(q, k, v)).all()
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_no_operation_warns(engine, rng, rows):
     """pytest makes errors of warnings; NumPy would warn of invalid operations."""
@@ -184,6 +235,49 @@ def test_a_sink_is_neither_scaled_nor_capped(engine, rows):
     q, k, v = (np.zeros((1, rows if i == 0 else 3, 4), "f4") + (i == 2) for i in range(3))
     out = sdpa(q, k, v, sinks=[50.0], scale=0.01, softcap=1.0)
     np.testing.assert_allclose(out, 3 / (3 + np.exp(50.0)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("keys", [3, 70, 300])
+def test_a_mask_and_a_bias_below_the_lowest_number(engine, dtype, rows, keys):
+    """Their sum is -infinity: no weight, but no exclusion either."""
+    lowest = np.finfo(dtype).min
+    q, k = np.ones((1, rows, 1), dtype), np.zeros((1, keys, 1), dtype)
+    v = np.arange(keys, dtype=dtype).reshape(1, keys, 1) % 7
+    for shape in ((keys,), (rows, keys)):
+        for first, second in ((1, 1), (0.6, 0.6), (1, 0.1)):
+            added = {"attn_mask": np.full(shape, first * lowest, dtype),
+                     "attn_bias": np.full(shape, second * lowest, dtype)}  # fmt: skip
+            out, lse = sdpa(q, k, v, **added, return_lse=True)
+            assert np.isnan(out).all()
+            assert (lse == -np.inf).all()
+            weights = attention_weights(q, k, **added)
+            assert np.isnan(weights).all()
+            for x in added.values():  # beside another score
+                x[..., 1] = 0
+            out, lse = sdpa(q, k, v, **added, return_lse=True)
+            assert (out == 1).all()
+            assert (lse == 0).all()
+            weights = attention_weights(q, k, **added)
+            assert (weights == (np.arange(keys) == 1)).all()
+            spoiled = v.copy()
+            spoiled[0, 2] = np.inf  # it is seen, under a weight of 0
+            assert np.isnan(sdpa(q, k, spoiled, **added)).all()
+        # Sums down to ln 2 times the lowest number are kept, and what lies between is one of both.
+        half = {name: np.full(shape, 0.34 * lowest, dtype) for name in added}
+        out, lse = sdpa(q, k, v, **half, return_lse=True)
+        np.testing.assert_allclose(out, v.mean(), rtol=1e-4)
+        np.testing.assert_allclose(lse, 0.68 * lowest, rtol=1e-5)
+        half["attn_bias"][...] = 0.6 * lowest
+        out, lse = sdpa(q, k, v, **half, return_lse=True)
+        kept = np.isclose(out, v.mean(), rtol=1e-4) & np.isclose(lse, 0.94 * lowest)[..., None]
+        assert (kept | np.isnan(out) & (lse == -np.inf)[..., None]).all()
+        # A score is part of the sum.
+        out, lse = sdpa(q, k + dtype(0.6) * lowest, v, added["attn_mask"] * 0 + lowest, scale=1.0,
+                        return_lse=True)  # fmt: skip
+        assert np.isnan(out).all()
+        assert (lse == -np.inf).all()
 
 
 # --- Zeros and subnormal numbers ------------------------------------------------------------------
