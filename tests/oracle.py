@@ -138,23 +138,32 @@ def softmax(s: np.ndarray, sinks: Any, real: Any) -> tuple[np.ndarray, np.ndarra
     return p / whole, m, total
 
 
-def assert_close(actual: np.ndarray, query: Any, key: Any, value: Any, **options: Any) -> None:
+def assert_close(
+    actual: np.ndarray,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    largest_score: float = 0.0,
+    **options: Any,
+) -> None:
     """Check that the error is at most twice that of a plain computation in the same precision.
 
-    ALiBi adds a tolerance: it makes scores large, and a weight is no more exact than the last place
-    of its score. The plain computation can round less there: slopes such as 0.5 are exact in it,
-    but not in the units of log2 that the native engine computes in.
+    `largest_score` adds a tolerance: a weight is no more exact than the last place of its score.
+    ALiBi adds it by itself, since it makes scores large. The plain computation can round less
+    there: slopes such as 0.5 are exact in it, but not in the units of log2 that the native engine
+    computes in.
     """
     dtype = np.asarray(query).dtype.newbyteorder("=")
     assert actual.dtype == dtype
     exact, _ = attention(query, key, value, **options)
     real = np.float32 if dtype.name in FLOAT16_LIKE else dtype.type
     plain = attention(query, key, value, real=real, **options)[0].astype(dtype)
-    largest = 0.0
+    largest = largest_score
     if options.get("alibi_slopes") is not None and exact.size:
         ends = np.asarray(options.get("query_offset", 0)) + np.array([[0], [query.shape[-2]]])
         distance = np.abs(ends[..., np.newaxis] - [0, key.shape[-2]]).max()
-        largest = float(np.abs(options["alibi_slopes"]).max() * distance)
+        largest += float(np.abs(options["alibi_slopes"]).max() * distance)
     assert_error_at_most_twice(actual, plain, exact, largest)
 
 

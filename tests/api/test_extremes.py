@@ -64,6 +64,14 @@ def test_strides_beyond_32_bits(engine, rng, desert, axis, rows):
     np.testing.assert_array_equal(out, expected)
 
 
+def assert_equal(engine, actual, expected):
+    """Compare bits, but values for the Python engine: NumPy 1.26 leaves BLAS for such strides."""
+    if engine.engine == "python":
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_pages_and_packed_tokens_that_lie_far_apart(engine, rng, desert, rows):
     k, v = normal(rng, (5, 2, 16, 8)), normal(rng, (5, 2, 16, 6))
@@ -71,16 +79,16 @@ def test_pages_and_packed_tokens_that_lie_far_apart(engine, rng, desert, rows):
     expected = paged_attention(q, k, v, table, 75)
     for axis in range(2):
         far = [spread_out(x, axis, desert, i) for i, x in enumerate((k, v))]
-        np.testing.assert_array_equal(paged_attention(q, *far, table, 75), expected)
+        assert_equal(engine, paged_attention(q, *far, table, 75), expected)
     tokens = [normal(rng, (5, 2, n)) for n in (8, 8, 6)]
     expected = varlen_attention(*tokens, [0, 2, 5])
     far = [spread_out(x, 0, desert, i) for i, x in enumerate(tokens)]
-    np.testing.assert_array_equal(varlen_attention(*far, [0, 2, 5]), expected)
+    assert_equal(engine, varlen_attention(*far, [0, 2, 5]), expected)
     cache = qkv_fast.KVCache.from_arrays(
         *(spread_out(x, 0, desert, i) for i, x in enumerate((k, v))), lengths=16
     )
     queries = normal(rng, (5, 2, rows, 8))
-    np.testing.assert_array_equal(cache.attend(queries), sdpa(queries, k, v))
+    assert_equal(engine, cache.attend(queries), sdpa(queries, k, v))
 
 
 LONG = 2**31 + 11

@@ -6,10 +6,14 @@ import json
 
 import numpy as np
 import pytest
-import regression
 
 from qkv_fast import __main__, _dtypes
 from qkv_fast.bench import compare, peers, probes, shapes
+
+
+@pytest.fixture
+def regression():
+    return pytest.importorskip("regression", reason="needs benches/")
 
 
 def run_of(group: str, choice: str, median: float) -> dict:
@@ -17,13 +21,13 @@ def run_of(group: str, choice: str, median: float) -> dict:
     return {"group": group, "extra_info": info, "stats": {"median": median}}
 
 
-def test_ratios_are_to_numpy_at_the_same_shape():
+def test_ratios_are_to_numpy_at_the_same_shape(regression):
     runs = [run_of("a", "numpy", 8.0), run_of("b", "numpy", 3.0)]
     runs += [run_of("a", "native", 2.0), run_of("b", "native", 6.0)]
     assert regression.ratios(runs) == {"a float32 native": 4.0, "b float32 native": 0.5}
 
 
-def test_summary_is_median_and_spread():
+def test_summary_is_median_and_spread(regression):
     figures = regression.summary([{"x": r} for r in (4.0, 1.0, 2.0, 3.0, 5.0)])
     assert figures == {"x": {"ratio": 3.0, "spread": pytest.approx(1 / 3)}}
 
@@ -32,19 +36,19 @@ def test_summary_is_median_and_spread():
     ("now", "spread", "falls"),
     [(9.1, 0.0, False), (8.9, 0.0, True), (8.9, 0.05, False), (8.0, 0.05, True), (12, 0, False)],
 )
-def test_a_fall_is_beyond_ten_percent_and_the_spread(now, spread, falls):
+def test_a_fall_is_beyond_ten_percent_and_the_spread(regression, now, spread, falls):
     before = {"x": {"ratio": 10.0, "spread": 0.0}}
     lines = regression.compare(before, {"x": {"ratio": now, "spread": spread}}, 0.10)
     assert bool(lines) == falls
 
 
-def test_a_benchmark_that_is_gone_has_fallen():
+def test_a_benchmark_that_is_gone_has_fallen(regression):
     before = {"x": {"ratio": 1.0, "spread": 0.0}}
     now = {"renamed": {"ratio": 1.0, "spread": 0.0}}
     assert "gone" in regression.compare(before, now, 0.10)[0]
 
 
-def test_regression_exits_with_1_on_a_fall(tmp_path, monkeypatch, capsys):
+def test_regression_exits_with_1_on_a_fall(regression, tmp_path, monkeypatch, capsys):
     speed = [4.0]
     monkeypatch.setattr(regression, "one_round", lambda *_: {"x": speed[0]})
     base = str(tmp_path / "base.json")

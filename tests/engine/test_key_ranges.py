@@ -19,8 +19,10 @@ DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 def check(q: Any, k: Any, v: Any, **options: Any) -> np.ndarray:
     gqa = q.ndim > 2 and q.shape[-3] != k.shape[-3]
     out, lse = sdpa(q, k, v, enable_gqa=gqa, return_lse=True, **options)
-    oracle.assert_close(out, q, k, v, **options)
     exact = oracle.attention(q, k, v, **options)[1]
+    # A result may come from one or two rows only: their scores, no greater than lse, decide then.
+    largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0))
+    oracle.assert_close(out, q, k, v, largest_score=largest, **options)
     np.testing.assert_allclose(lse, exact, rtol=2e-5, atol=2e-5)
     return out
 
