@@ -273,6 +273,9 @@ class Truth:
         value = np.broadcast_to(np.eye(length), (*self.value.shape[:-1], length))
         weights, _ = oracle.attention(self.query, self.key, value, **self.options)
         least = 2.0 ** (-1021 if wide else -125) * weights.max(-1, initial=0, keepdims=True)
+        scores = self.sizes()[0]  # such as ALiBi's of 10^9, whose last place is 64
+        largest = float(scores.max(initial=0, where=np.isfinite(scores)))
+        least = least * math.exp(min(700.0, 8 * (2.0**-52 if wide else 2.0**-23) * largest))
         tiny = (weights < least) & self.visible(value)
         infinite = np.isinf(self.value)
         if infinite.ndim > 2:
