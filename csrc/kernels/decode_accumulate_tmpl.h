@@ -50,7 +50,7 @@ INLINE void decode_accumulate_rows(const int rows, const int type, const int mas
     const int most = DECODE_ACCUMULATORS / rows < 8 ? DECODE_ACCUMULATORS / rows : 8;
     const int gapless = v_stride == Dv * BYTES_OF(type);
     ptrdiff_t d = 0;
-/* All columns together prefetch the whole run: without gaps between rows, in the order of memory. */
+/* Together, all columns prefetch the run: without gaps between rows, in the order of memory. */
 #define COLUMNS(nv, live_lanes)                                                                  \
     do {                                                                                         \
         const ptrdiff_t at = d * BYTES_OF(type), bytes = (nv) * LANES * BYTES_OF(type);          \

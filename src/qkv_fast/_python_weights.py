@@ -22,8 +22,8 @@ from ._python_engine import (
     visible_keys,
 )
 
-# A weight is larger than 1 where its score is above a given log-sum-exp, as rounding alone may leave
-# it: units in the last place of scores of 10^9 are 64. Up to 2^64, sums of weights stay finite.
+# A weight is larger than 1 where its score is above a given log-sum-exp, as rounding alone may
+# leave it: units in the last place of scores of 10^9 are 64. Up to 2^64, sums stay finite.
 MAX_EXCESS = 64 * math.log(2)
 
 

@@ -290,7 +290,8 @@ def test_a_key_that_a_mask_excludes_has_no_weight_beside_nan(engine, queries):
     q, k = np.ones((1, 1, queries, 2)), np.ones((1, 1, 37, 2))
     weights = attention_weights(q, k, mask)
     excluded = mask == -np.inf
-    assert (weights[excluded] == 0).all() and np.isnan(weights[~excluded]).all()
+    assert (weights[excluded] == 0).all()
+    assert np.isnan(weights[~excluded]).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -301,7 +302,6 @@ def test_a_known_lse_far_below_the_scores_leaves_finite_sums(engine, dtype):
     np.testing.assert_allclose(attention_weights(q, k, lse=lse), 2.0**64, rtol=1e-6)
     received = analysis.attention_received(q, k, lse=lse)
     np.testing.assert_allclose(received, 40 * 2.0**64, rtol=1e-6)
-
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

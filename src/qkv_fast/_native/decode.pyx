@@ -67,7 +67,6 @@ cdef QueryTile *open_tile(const Plan *plan, const HeadView *head) noexcept nogil
     """Return the head's tile with all rows of its group, their queries scaled."""
     cdef QueryTile *tile = place_tile(plan, head, head.number, 0, plan.group * head.q_len)
     cdef Py_ssize_t row_bytes = plan.q_stride * plan.kernels.real_bytes
-    cdef Py_ssize_t keys = min(plan.block_k, head.kv_len)
     cdef int i
     memset(tile.query, 0, tile.count * row_bytes)
     for i in range(tile.count):
@@ -76,8 +75,6 @@ cdef QueryTile *open_tile(const Plan *plan, const HeadView *head) noexcept nogil
     plan.kernels.scale(tile.query, tile.count * plan.q_stride // plan.kernels.lanes, 1,
                        plan.query_scale)
     memset(tile.acc, 0, tile.count * plan.acc_stride * plan.kernels.real_bytes)
-    # The kernels write the lanes of rows alone, and the softmax reads all.
-    memset(tile.scores, 0, keys * tile.lanes * plan.kernels.real_bytes)
     return tile
 
 
@@ -133,6 +130,8 @@ cdef void attend_block(const Plan *plan, const HeadView *head, QueryTile *tile,
         tile.has_keys |= visible.has_keys
         return
     nk = visible.nk - block.before_window
+    # The kernels write the lanes of rows alone, and the softmax reads all.
+    memset(tile.scores, 0, visible.nk * tile.lanes * plan.kernels.real_bytes)
     load_key_runs(plan, &head.key, block, visible.nk, tile.end_max, &runs)
     compute_scores(plan, tile, &runs, 0, block.before_window, nk, tile.lanes)
     modify_scores(plan, head, tile, block, &visible)
@@ -188,6 +187,9 @@ cdef void attend_whole(const Plan *plan, const HeadView *heads, int count, int i
         step = plan.adjacent_keys
     while ld < tile.count:
         ld *= 2
+    if ld != tile.count:                # lanes without a row, which the softmax reads too
+        for h in range(count):
+            memset(tile_of(plan, heads, first + h).scores, 0, nk * ld * plan.kernels.real_bytes)
     list_runs(plan, heads, &heads.key, count, interleaved, block, nk, &runs)
     while k < nk:
         for h in range(count):
