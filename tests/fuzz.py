@@ -1501,7 +1501,8 @@ class WeightsCase:
         scores = self.truth.sizes()[0]
         size = float(scores.max(initial=0, where=np.isfinite(scores))) + self.lse_size
         part = eps * ((64 if self.wide else 16) + (8 + self.truth.bias()) * size)
-        if part > 1:  # a given lse of that size, as of masks of finfo.min, holds no digit of a sum
+        # A given lse of that size, as of masks of finfo.min, holds no digit of a sum.
+        if part > 1 and self.more.get("stage") is None:
             part = 1e30 if self.lse_size else 1.0
         least = 2.0 ** (-1015 if self.wide else -120)  # smaller weights may be 0
         lowest = np.finfo(np.float64 if self.wide else np.float32).min  # of a sum with a mask
