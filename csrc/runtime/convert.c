@@ -46,6 +46,10 @@ static float finite_float(double x)
 void qkv_read_row(void *row, int real_bytes, const char *src, ptrdiff_t n, ptrdiff_t stride,
                   int type)
 {
+    if (stride == real_bytes && type == (real_bytes == 4 ? QKV_FLOAT32 : QKV_FLOAT64)) {
+        memcpy(row, src, (size_t)(n * stride));
+        return;
+    }
     if (real_bytes == 8) {
         double *to = row;
         for (ptrdiff_t i = 0; i < n; i++) to[i] = load_element(src + i * stride, type);

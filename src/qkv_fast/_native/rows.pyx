@@ -8,8 +8,8 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from .kernels cimport (
-    QKV_BFLOAT16, QKV_FLOAT16, QKV_FLOAT32, QKV_FLOAT64, QKV_INT8, qkv_copy_row16,
-    qkv_prefetch_rows, qkv_read_row, qkv_tile_kernels, qkv_write_row, qkv_zero_nonfinite,
+    QKV_BFLOAT16, QKV_FLOAT16, QKV_INT8, qkv_copy_row16, qkv_prefetch_rows, qkv_read_row,
+    qkv_tile_kernels, qkv_write_row, qkv_zero_nonfinite,
 )
 from .tuning cimport ALIGNMENT, PREFETCH_DISTANCE
 from .types cimport HeadRows, HeadView, KVBlock, Plan, QueryTile, TensorView, size_of
@@ -26,9 +26,6 @@ cdef void read_row(const qkv_tile_kernels *kernels, void *row, const char *sourc
     if kernels.widen != NULL and (stride == 2 and (type == QKV_FLOAT16 or type == QKV_BFLOAT16)
                                   or stride == 1 and type == QKV_INT8):
         kernels.widen(row, source, length, type)
-    elif stride == kernels.real_bytes and type == (
-            QKV_FLOAT32 if kernels.real_bytes == 4 else QKV_FLOAT64):
-        memcpy(row, source, length * stride)
     else:
         qkv_read_row(row, kernels.real_bytes, source, length, stride, type)
 
