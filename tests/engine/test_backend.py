@@ -294,12 +294,17 @@ def test_the_gil_is_released(native, rng):
 
     beating = threading.Thread(target=beat)
     beating.start()
-    begin = time.perf_counter()
-    sdpa(q, k, v, num_threads=1)
-    end = time.perf_counter()
+    most = 0
+    for _ in range(20):  # other work may have the CPU during one of them
+        begin = time.perf_counter()
+        sdpa(q, k, v, num_threads=1)
+        end = time.perf_counter()
+        most = max(most, sum(begin < t < end for t in beats))
+        if most >= 3:
+            break
     done.set()
     beating.join()
-    assert sum(begin < t < end for t in beats) >= 3
+    assert most >= 3
 
 
 FORKS = """

@@ -351,7 +351,7 @@ def test_prefetching_changes_nothing(table, rng):
     scores = (address(qt), address(k), k.strides[0], nk, d, nvec, None)
     alone = scratch(table, np.zeros((nk, nvec * table.lanes)))
     table.scores(address(alone), *scores, None)
-    for row in ((address(k), k.strides[0], 200, 9, 0), (16, -64, 1, 3, 0), (16, 0, 0, 2, 0),
+    for row in ((k.ctypes.data, k.strides[0], 200, 9, 0), (16, -64, 1, 3, 0), (16, 0, 0, 2, 0),
                 (0, 0, 0, 0, 0)):  # fmt: skip
         prefetch = np.array([row, (1 << 40, 1 << 33, 1 << 20, 1 << 20, 64)], np.intp)
         before, beside = prefetch.copy(), np.zeros_like(alone)

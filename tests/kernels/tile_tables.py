@@ -135,9 +135,9 @@ def tables(input_type: int) -> list[Table]:
     return found
 
 
-def address(x: np.ndarray) -> int:
-    """Return the address of an array's first element."""
-    return x.ctypes.data
+def address(x: np.ndarray) -> ctypes.c_void_p:
+    """Return the address of an array's first element, which keeps the array for the call."""
+    return x.ctypes.data_as(ctypes.c_void_p)
 
 
 def pointers(x: np.ndarray) -> np.ndarray:
