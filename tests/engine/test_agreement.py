@@ -18,10 +18,10 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
 
-def check(q: Any, k: Any, v: Any, **options: Any) -> np.ndarray:
+def check(q: Any, k: Any, v: Any, largest_score: float = 0, **options: Any) -> np.ndarray:
     gqa = q.ndim > 2 and q.shape[-3] != k.shape[-3]
     out, lse = sdpa(q, k, v, enable_gqa=gqa, return_lse=True, **options)
-    oracle.assert_close(out, q, k, v, **options)
+    oracle.assert_close(out, q, k, v, largest_score=largest_score, **options)
     exact = oracle.attention(q, k, v, **options)[1]
     np.testing.assert_allclose(lse, exact, rtol=2e-5, atol=2e-5)
     assert lse.dtype == (np.float64 if q.dtype == np.float64 else np.float32)
@@ -279,7 +279,9 @@ def test_long_rows_whose_maximum_moves(engine, rng, how, dtype, rows):
         k, v[:, :, 100, 3], v[:, :, 5000, 4] = -k, np.inf, -np.inf
     if how == "one row is late":
         options = {"is_causal": True, "query_offset": 4000, "window": (2100, None)}
-    check(q, k.astype(dtype), v, **options)
+    k = k.astype(dtype)
+    scores = q.astype(float) @ k.swapaxes(2, 3) / 4  # a few keys may have most of the weight
+    check(q, k, v, largest_score=float(np.abs(scores).max()), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
