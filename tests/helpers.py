@@ -98,17 +98,23 @@ def count_of(variable: str, default: int) -> int:
     return int(os.environ.get(variable) or default)
 
 
+PATIENCE = count_of("QKV_TEST_PATIENCE", 1)  # multiplies time limits: for emulators, sanitizers
+
+
 def run_python(
     code: str, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, with no QKV_*, OMP_* or GOMP_* variables but those given."""
+    """Run code in a new interpreter, with no QKV_*, OMP_* or GOMP_* variables but those given.
+
+    Raises subprocess.TimeoutExpired after `timeout` seconds, times ``QKV_TEST_PATIENCE``.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("QKV_", "OMP_", "GOMP_"))}
     return subprocess.run(
         [sys.executable, "-c", code],
         env=kept | environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=timeout * PATIENCE,
         check=False,
     )
 

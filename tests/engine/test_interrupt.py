@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from helpers import count_of, run_python
+from helpers import PATIENCE, count_of, run_python
 
 from qkv_fast import _loader, _select
 
@@ -105,7 +105,7 @@ while data := sys.stdin.buffer.read(8):
     time.sleep(struct.unpack("d", data)[0])
     os.kill(parent, signal.SIGINT)
 '''
-faulthandler.dump_traceback_later({timeout}, exit=True)
+faulthandler.dump_traceback_later({timeout} * {patience}, exit=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 draw = random.Random({seed})
 sdpa = qkv_fast.scaled_dot_product_attention
@@ -151,7 +151,7 @@ for number in range({count}):
     try:
         sender.stdin.write(data)
         sender.stdin.flush()
-        until = time.process_time() + 60
+        until = time.process_time() + 60 * {patience}
         while time.process_time() < until:
             inside = True
             answer = call()
@@ -176,7 +176,7 @@ print(heard, lost, wrong, within > heard // 2, within, len(kinds))
 def test_no_interrupt_is_lost_at_any_moment():
     """``QKV_TEST_INTERRUPTS=10000`` sends that many."""
     timeout = 100 + INTERRUPTS
-    code = OFTEN.format(count=INTERRUPTS, timeout=timeout, seed=20261129)
+    code = OFTEN.format(count=INTERRUPTS, timeout=timeout, patience=PATIENCE, seed=20261129)
     chosen = {k: os.environ[k] for k in _select.VARIABLES if k in os.environ}
     done = run_python(code, timeout=timeout + 20, **chosen)
     numbers = done.stdout.split()

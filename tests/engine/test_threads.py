@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import PATIENCE, run_python
 
 from qkv_fast import _loader
 
@@ -297,6 +297,6 @@ def test_the_pool_with_many_callers_under_a_sanitizer(tmp_path, sanitizer):
     }  # a sanitizer must be the first library
     done = subprocess.run(
         [str(program), "16", "300"],
-        env=plain, capture_output=True, text=True, timeout=300, check=False,
+        env=plain, capture_output=True, text=True, timeout=300 * PATIENCE, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0 wrong", "")
