@@ -536,7 +536,7 @@ def test_scalings_of_the_wrong_shape_are_refused():
 X = np.ones((2, 3, 5, 8), np.float32)
 READ_ONLY = X.copy()
 READ_ONLY.flags.writeable = False
-REPEATED = np.lib.stride_tricks.as_strided(np.zeros(200, np.float32), X.shape, (480, 160, 16, 4))
+REPEATED = np.lib.stride_tricks.as_strided(np.zeros(224, np.float32), X.shape, (480, 160, 16, 4))
 
 
 @pytest.mark.parametrize(
