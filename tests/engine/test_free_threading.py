@@ -201,21 +201,24 @@ def test_no_call_is_counted_twice_or_never(native):
     if _loader.native_module().info()["threading"].startswith("OpenMP"):
         pytest.skip("this build loops with OpenMP")
     code = """
-import os, threading, numpy as np, qkv_fast
+import os, threading, time, numpy as np, qkv_fast
 from qkv_fast import _native
 sdpa = qkv_fast.scaled_dot_product_attention
 one = np.ones((1, 1, 1, 64), np.float32)
 q = np.ones((1, 8, 256, 64), np.float32)
+count = lambda: len(os.listdir("/proc/self/task"))
 def run():
     for _ in range(3000):
         sdpa(one, one, one)
+before = count()
 threads = [threading.Thread(target=run) for _ in range(16)]
 [t.start() for t in threads]
 [t.join() for t in threads]
+while count() > before:  # the system's threads end some time after Python's
+    time.sleep(0.01)
 _native.assume_cpus(8)
-before = len(os.listdir("/proc/self/task"))
 sdpa(q, q, q, num_threads=4)
-print(len(os.listdir("/proc/self/task")) - before)
+print(count() - before)
 """
     done = run_python(code, QKV_FAST_THREADING="pool")
     assert (done.stdout.strip(), done.returncode) == ("3", 0), done.stderr
