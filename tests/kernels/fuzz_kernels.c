@@ -266,7 +266,8 @@ static void fuzz_modifiers(int ld, int nk)
         BOTH(t->bias(s.of[i], nk, nvec, rows, shared, allow[i]))
         for (int k = 0; k < nk; k++) { /* bits behind the lanes are any */
             const uint64_t lanes = ld < 64 ? (UINT64_C(1) << ld) - 1 : ~UINT64_C(0);
-            if ((allow[0][k] ^ allow[1][k]) & lanes) printf("%s: bias: allow differs\n", tested->isa), failures++;
+            if ((allow[0][k] ^ allow[1][k]) & lanes)
+                printf("%s: bias: allow differs\n", tested->isa), failures++;
             for (int i = 0; i < ld; i++)
                 if (!(allow[1][k] >> i & 1)) set(s.of[0], k * ld + i, 0), set(s.of[1], k * ld + i, 0);
         }
